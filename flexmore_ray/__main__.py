@@ -1,0 +1,346 @@
+"""The `flexmore` command: parse, call, print.
+
+Exit status 0 (done), 1 (failed), 2 (bad use). Errors are one line on stderr; `--debug` shows the
+traceback. With `--json` the last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from flexmore_ray.errors import FlexmoreError, UsageError
+
+Item = TypeVar("Item")
+Result = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        _quiet_libraries()
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is kept", 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except (FlexmoreError, OSError, MemoryError) as error:
+        if args.debug:
+            raise
+        return _fail(error, 2 if isinstance(error, UsageError) else 1)
+
+
+def _fail(error: object, status: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"flexmore: {text}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices out of our output."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def progress(items: Iterable[Item], total: int, what: str) -> Iterable[Item]:
+    """Show a bar on a terminal; quiet elsewhere."""
+    return tqdm(items, total=total, desc=what, disable=not sys.stderr.isatty(), leave=False)
+
+
+# ------------------------------------------------------------------------------- commands
+
+
+def run_inspect(args: argparse.Namespace) -> Result:
+    """Say what a source holds, reading every tensor once to check it."""
+    from flexmore_ray.budget import break_even_rank, count_parameters, format_count
+    from flexmore_ray.source import open_source
+    from flexmore_ray.spec import MixtureSpec
+
+    source = open_source(args.source, args.experts)
+    for _ in progress(source.check(), 1 + len(source.experts), "reading"):
+        pass
+    shape = source.shape
+    everything = MixtureSpec(active=1).assignment(source.experts, shape, born=source.born_ranks)
+    count = count_parameters(shape, source.experts, everything)
+    result = {
+        "experts": list(source.experts),
+        "layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "vocab_size": shape.vocab_size,
+        "active": source.trunk.config.get("num_experts_per_tok"),
+        "layout": source.trunk.layout,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "parameters": count.total,
+        "break_even_rank": break_even_rank(shape),
+        "ranks": {name: everything.summary(name) for name in source.experts},
+    }
+    for key, value in result.items():
+        if key == "parameters":
+            value = f"{value:,} ({format_count(count.total)})"
+        elif isinstance(value, list):
+            value = ", ".join(value)
+        elif isinstance(value, dict):
+            value = ", ".join(f"{name} {rank}" for name, rank in value.items())
+        print(f"{key.replace('_', ' '):<18} {value}")
+    return result
+
+
+def run_params(args: argparse.Namespace) -> Result:
+    """Count a mixture's parameters from its configuration alone."""
+    from flexmore_ray.budget import SHAPE_EXPERTS, SHAPES, break_even_rank, count_parameters, format_count
+    from flexmore_ray.spec import FULL
+
+    ranks = _rank_options(args)
+    if (args.shape is None) == (not args.mixture):
+        raise UsageError("params: give a MIXTURE, SOURCEs, or --shape, and only one of them")
+    if args.shape is not None:
+        shape, experts = SHAPES[args.shape], tuple(args.experts or SHAPE_EXPERTS[args.shape])
+        spec, born, width = _spec_of(ranks, experts, args.active), {}, 2
+        assignment = spec.assignment(experts, shape, default_active=len(experts))
+    else:
+        parts = _open_for_counting(args)
+        spec = parts.spec.with_ranks(_for_all(ranks, parts.source.experts))
+        if args.active is not None:
+            import dataclasses
+
+            spec = dataclasses.replace(spec, active=args.active)
+        parts = parts.with_spec(spec)
+        shape, experts, assignment = parts.source.shape, parts.source.experts, parts.assignment
+        born, width = parts.source.born_ranks, parts.source.dtype.itemsize
+    count = count_parameters(shape, experts, assignment)
+    for name, rank in spec.ranks.items():
+        if isinstance(rank, int) and rank >= shape.full_rank and not born:
+            _note(f"ranks.{name}: {rank} is at or above min(in, out) = {shape.full_rank}, so it is the full expert")
+        elif isinstance(rank, int) and rank > break_even_rank(shape):
+            _note(f"ranks.{name}: above {break_even_rank(shape)} a pair has more parameters than the full expert")
+    result = {
+        "total": count.total,
+        "active": count.active,
+        "bytes": count.total * width,
+        "full_total": count.full_total,
+        "ratio": count.ratio,
+        "experts": {
+            name: {"rank": assignment.summary(name), "params": params} for name, params in count.experts.items()
+        },
+    }
+    _print_table(
+        ["expert", "rank", "parameters"],
+        [[name, str(assignment.summary(name)), f"{params:,}"] for name, params in count.experts.items()],
+    )
+    print(
+        f"\ntotal {count.total:,} ({format_count(count.total)}, {count.ratio:.3f} of the full mixture's "
+        f"{format_count(count.full_total)}), at most {format_count(count.active)} active per token "
+        f"with {assignment.active} experts, {format_count(count.total * width)} bytes at {width} each"
+    )
+    assert FULL == "full"
+    return result
+
+
+def run_merge(args: argparse.Namespace) -> Result:
+    """Merge two-expert checkpoints into one FlexOlmo checkpoint."""
+    from flexmore_ray.checkpoint import copy_tokenizer, new_folder, write_config, write_tensors
+    from flexmore_ray.mixture import fit_router
+    from flexmore_ray.source import flexolmo_plan, open_source
+
+    source = open_source(args.source, args.experts)
+    data = _named_files(args.data or [])
+    if args.router == "ridge":
+        rows = fit_router(source, data, ridge=args.ridge, temperature=args.temperature)
+    elif data:
+        raise UsageError("--data: only --router ridge uses data; leave it out, or choose --router ridge")
+    else:
+        rows = None
+    with new_folder(Path(args.out)) as folder:
+        write_tensors(folder, flexolmo_plan(source, rows))
+        active = min(int(source.trunk.config.get("num_experts_per_tok") or 2), len(source.experts))
+        write_config(folder, source.config | {"num_experts_per_tok": args.active or active})
+        copy_tokenizer(source.trunk.folder, folder)
+    print(f"{args.out}: {len(source.experts)} experts ({', '.join(source.experts)}), router rows {args.router}")
+    return {"out": str(args.out), "experts": list(source.experts), "router": args.router}
+
+
+def run_decompose(args: argparse.Namespace) -> Result:
+    """Decompose every delta of a source into a store."""
+    from flexmore_ray.source import open_source
+    from flexmore_ray.store import build_store
+
+    source = open_source(args.source, args.experts)
+    total = (len(source.experts) - 1) * source.shape.num_layers * 3
+    with tqdm(total=total, desc="decomposing", disable=not sys.stderr.isatty(), leave=False) as bar:
+        build_store(
+            source,
+            Path(args.store),
+            max_rank=args.max_rank,
+            dtype=args.dtype,
+            device=args.device,
+            progress=lambda key: bar.update(),
+        )
+    return _describe_store(Path(args.store), source.experts[1:])
+
+
+def _describe_store(folder: Path, experts: Sequence[str]) -> Result:
+    raise NotImplementedError
+
+
+def run_eval(args: argparse.Namespace) -> Result:
+    raise NotImplementedError
+
+
+def run_export(args: argparse.Namespace) -> Result:
+    """Write a mixture as a folder that other tools read."""
+    from flexmore_ray.export import export_mixture
+
+    out = export_mixture(args.mixture, args.out, args.format, dtype=args.dtype, experts=args.experts)
+    print(f"{out}: {args.format}, read back and verified")
+    return {"out": str(out), "format": args.format}
+
+
+def run_demo(args: argparse.Namespace) -> Result:
+    raise NotImplementedError
+
+
+# -------------------------------------------------------------------------------- options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flexmore", description="FlexMoRE on Ray: mixtures of experts of chosen ranks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=f"{help}.")
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    demo = command("demo", run_demo, "the whole chain on the embedded mixture, in minutes on two CPU cores")
+    demo.add_argument("--out", default="demo", help="folder for what it writes (default: demo)")
+
+    inspect = command("inspect", run_inspect, "what a source holds; every tensor is read once and checked")
+    inspect.add_argument("source", nargs="+", metavar="SOURCE")
+
+    params = command("params", run_params, "parameters of a mixture, from its configuration alone")
+    params.add_argument("mixture", nargs="*", metavar="MIXTURE or SOURCE")
+    params.add_argument("--shape", choices=["flexolmo-7x7b"], help="a released shape instead of files")
+    params.add_argument("--rank", action="append", metavar="NAME=R", help="rank of one expert: integer, full, drop")
+    params.add_argument("--all-ranks", metavar="R", help="rank of every domain expert that --rank does not name")
+    params.add_argument("--active", type=int, metavar="K", help="experts per token")
+
+    merge = command("merge", run_merge, "two-expert checkpoints into one FlexOlmo checkpoint")
+    merge.add_argument("source", nargs="+", metavar="name=FOLDER")
+    merge.add_argument("--router", choices=["keep", "ridge"], default="keep", help="rows as trained, or fitted")
+    merge.add_argument("--data", nargs="+", action="extend", metavar="name=FILE", help="text of each owner, public too")
+    merge.add_argument("--ridge", type=float, default=1e-2, help="regularisation of the fit (default: 0.01)")
+    merge.add_argument("--temperature", type=float, default=0.2, help="rows are divided by it (default: 0.2)")
+    merge.add_argument("--active", type=int, metavar="K", help="experts per token to write into the config")
+    merge.add_argument("--out", required=True, metavar="DIR")
+
+    decompose = command("decompose", run_decompose, "spectra and factors of every delta, into a store; resumable")
+    decompose.add_argument("source", nargs="+", metavar="SOURCE")
+    decompose.add_argument("--store", required=True, metavar="DIR")
+    decompose.add_argument("--max-rank", type=int, metavar="R", help="highest rank to hold (default: all)")
+    decompose.add_argument("--dtype", default="float32", metavar="D", help="float32 (default), bfloat16 or float16")
+    decompose.add_argument("--device", default="cpu", metavar="D", help="where to compute (default: cpu)")
+
+    evaluate = command("eval", run_eval, "scores of one mixture")
+    evaluate.add_argument("mixture", metavar="MIXTURE")
+    evaluate.add_argument("--tasks", required=True, metavar="SUITE_OR_TASKS")
+    evaluate.add_argument("--split", choices=["validation", "test"], default="validation")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    evaluate.add_argument("--results", metavar="DIR", help="folder for cells and samples (default: results)")
+    evaluate.add_argument("--device", default="cpu", metavar="D")
+    evaluate.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
+
+    export = command("export", run_export, "a mixture as a folder that other tools read")
+    export.add_argument("mixture", metavar="MIXTURE")
+    export.add_argument("--format", required=True, metavar="F", help="flex_more, flexolmo or peft")
+    export.add_argument("--dtype", metavar="D", help="dtype to write (default: loses nothing)")
+    export.add_argument("--out", required=True, metavar="DIR")
+
+    for sub in (inspect, params, merge, decompose, evaluate, export):
+        sub.add_argument("--experts", type=lambda text: text.split(","), metavar="A,B,...", help="expert names")
+    return parser
+
+
+def _rank_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Ranks by expert name from --rank and --all-ranks; the latter under the key ``*``."""
+    from flexmore_ray.spec import parse_rank
+
+    ranks = {} if args.all_ranks is None else {"*": parse_rank(args.all_ranks, where="--all-ranks")}
+    for text in args.rank or []:
+        name, equals, rank = text.partition("=")
+        if not equals:
+            raise UsageError(f"--rank: NAME=R is needed, got {text!r}")
+        ranks[name] = parse_rank(rank, where=f"--rank {name}")
+    return ranks
+
+
+def _for_all(ranks: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
+    every = dict.fromkeys(experts[1:], ranks["*"]) if "*" in ranks else {}
+    return every | {name: rank for name, rank in ranks.items() if name != "*"}
+
+
+def _spec_of(ranks: Mapping[str, Any], experts: Sequence[str], active: int | None) -> Any:
+    from flexmore_ray.spec import MixtureSpec, check_names
+
+    check_names(experts, where="--experts")
+    return MixtureSpec(ranks=_for_all(ranks, experts), active=active)
+
+
+def _open_for_counting(args: argparse.Namespace) -> Any:
+    from flexmore_ray.mixture import open_mixture
+    from flexmore_ray.spec import MixtureSpec
+
+    if len(args.mixture) == 1 and "=" not in args.mixture[0]:
+        return open_mixture(args.mixture[0], args.experts)
+    return open_mixture(MixtureSpec(source=tuple(args.mixture)), args.experts)
+
+
+def _named_files(items: Sequence[str]) -> dict[str, Path]:
+    files = {}
+    for text in items:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise UsageError(f"--data: name=FILE is needed, got {text!r}")
+        files[name] = Path(path)
+    return files
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

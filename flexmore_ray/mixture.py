@@ -1,0 +1,383 @@
+"""Build a mixture from its parts and switch its ranks in place.
+
+`open_mixture` finds what a mixture is made of (spec, source, factors) without reading a weight;
+`load_mixture` makes the transformers model of it, holding every tensor once: a low-rank matrix is
+a view on the leading rows of factors held in memory, so a rank switch moves no weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
+
+from flexmore_ray.budget import ParameterCount, count_parameters
+from flexmore_ray.checkpoint import (
+    DTYPES,
+    shared_tensors,
+)
+from flexmore_ray.errors import UsageError
+from flexmore_ray.modeling import DENSE, FlexMoreConfig, FlexMoreExpert, FlexMoreForCausalLM
+from flexmore_ray.source import Source, open_source
+from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec
+from flexmore_ray.spectra import Factors
+from flexmore_ray.store import FactorSource, build_store, open_store
+
+MixtureLike = str | Path | MixtureSpec
+
+
+def cache_folder() -> Path:
+    """Where stores go that nobody named: ``FLEXMORE_CACHE``, else ``flexmore`` in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FLEXMORE_CACHE") or Path(home) / "flexmore")
+
+
+def read_spec(mixture: MixtureLike, experts: Sequence[str] | None = None) -> MixtureSpec:
+    """A spec from a mixture file, a SOURCE (every expert full), or a spec.
+
+    Args:
+        mixture: the path of a YAML file, a SOURCE string, or a spec.
+        experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
+    """
+    if isinstance(mixture, MixtureSpec):
+        spec = mixture
+    elif str(mixture).endswith((".yaml", ".yml")):
+        spec = MixtureSpec.load(mixture)
+    else:
+        spec = MixtureSpec(source=(str(mixture),))
+    return spec if experts is None else dataclasses.replace(spec, experts=tuple(experts))
+
+
+class CachedFactors:
+    """The factors of a source from a store in the cache, decomposed when first asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._store: FactorSource | None = None
+
+    def require(self, rank: int) -> None:
+        """Make sure that factors up to `rank` are held, with one pass over all that are missing."""
+        self._store = build_store(self.source, cache_folder() / self._name, max_rank=rank)
+
+    def factors(self, key: MatrixKey, rank: int) -> Factors:
+        """Factors of one matrix at `rank`; decomposes the source where that is more than is held."""
+        if self._store is None or self._store.max_rank(key) < rank:
+            self.require(rank)
+        assert self._store is not None
+        return self._store.factors(key, rank)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        keys = [key for name in self.source.experts for key in self.source.shape.keys(name)]
+        content = [self.source.digest(key) for key in keys]
+        return hashlib.sha256("".join([*self.source.experts, *content]).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a mixture is made of; nothing of it is read yet."""
+
+    spec: MixtureSpec
+    source: Source
+    factors: Any
+    assignment: Assignment
+
+    def with_spec(self, spec: MixtureSpec) -> Parts:
+        """The same source and factors under another spec."""
+        return Parts(spec, self.source, self.factors, _assign(spec, self.source))
+
+    def piece(self, key: MatrixKey, hold: int = 0) -> Tensor | Factors:
+        """A matrix of a kept expert: dense, or its factors at its rank (at `hold` if that is more)."""
+        rank = self.assignment.rank(key)
+        if rank == FULL:
+            return self.source.weight(key)
+        born = self.source.born_ranks.get(key)
+        if rank == born:
+            factors = self.source.born_factors(key)
+            assert factors is not None
+            return factors
+        return self.factors.factors(key, min(max(rank, hold), born or self.source.shape.full_rank))
+
+    def keys(self) -> Iterator[MatrixKey]:
+        """All matrices of all kept experts."""
+        for name in self.assignment.ranks:
+            yield from self.source.shape.keys(name)
+
+    def count(self) -> ParameterCount:
+        """Parameters of the mixture, from its configuration alone."""
+        return count_parameters(self.source.shape, self.source.experts, self.assignment)
+
+    def identified(self) -> MixtureSpec:
+        """The spec with its `mixture_id`, which reads (and hashes) the weights of all kept experts."""
+        digests = {name: self.source.expert_digest(name) for name in self.assignment.ranks}
+        digests["shared"] = self.source.shared_digest
+        return dataclasses.replace(self.spec, mixture_id=self.assignment.mixture_id(digests))
+
+
+def open_mixture(
+    mixture: MixtureLike, experts: Sequence[str] | None = None, factors: FactorSource | None = None
+) -> Parts:
+    """Find what a mixture is made of, and check its rank assignment.
+
+    Args:
+        mixture: a mixture file, a SOURCE string, or a spec.
+        experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
+        factors: where to take factors from; None means the spec's store, else the cache.
+
+    Raises:
+        UsageError: the mixture breaks a rule.
+        CheckpointError: its source cannot be read.
+        StoreError: its store cannot be read, or was made from other weights.
+    """
+    spec = read_spec(mixture, experts)
+    store = open_store(Path(spec.store)) if spec.store else None
+    source = open_source(spec.source or store.sources, spec.experts)
+    if store is not None:
+        store.check_source(source)
+    return Parts(spec, source, factors or store or CachedFactors(source), _assign(spec, source))
+
+
+def _assign(spec: MixtureSpec, source: Source) -> Assignment:
+    default = int(source.trunk.config.get("num_experts_per_tok") or len(source.experts))
+    return spec.assignment(source.experts, source.shape, born=source.born_ranks, default_active=default)
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+class Mixture:
+    """A mixture in memory: a transformers model, its tokenizer, and its spec.
+
+    Attributes:
+        model: the `FlexMoreForCausalLM`; always exactly the current rank assignment.
+    """
+
+    def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype, hold_rank: int = 0) -> None:
+        self._parts = parts
+        self._device, self._dtype, self._hold_rank = device, dtype, hold_rank
+        self._held: dict[MatrixKey, Tensor | Factors] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._experts: dict[str, list[FlexMoreExpert]] = {}
+        self.model = self._build_trunk()
+        self._switch(parts, None)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that came with the source.
+
+        Raises:
+            UsageError: the source's folder has none.
+        """
+        folder = self._parts.source.trunk.folder
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+
+    @property
+    def spec(self) -> MixtureSpec:
+        """The current spec, with its `mixture_id`."""
+        if self._parts.spec.mixture_id is None:
+            self._parts = dataclasses.replace(self._parts, spec=self._parts.identified())
+        return self._parts.spec
+
+    @property
+    def assignment(self) -> Assignment:
+        """The current rank of every matrix."""
+        return self._parts.assignment
+
+    def num_parameters(self) -> int:
+        """Parameters of the model as it is now."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def count(self) -> ParameterCount:
+        """Total, active and per-expert parameters."""
+        return self._parts.count()
+
+    def set_ranks(self, ranks: Mapping[str, ExpertRank]) -> None:
+        """Give some experts other ranks, in place.
+
+        Up to the rank that is held in memory this moves views and copies no weight; what is not
+        held yet is fetched first. On an error the mixture stays as it was.
+
+        Args:
+            ranks: by expert name an integer >= 1, "full", "drop", or ranks by projection.
+
+        Raises:
+            UsageError: an unknown expert or a rank that breaks its rule.
+            StoreError: a rank above what the mixture's store holds.
+        """
+        spec = self._parts.spec.with_ranks(ranks)
+        self._switch(self._parts.with_spec(spec), self._parts.assignment)
+
+    def set_active(self, active: int) -> None:
+        """Choose `active` experts per token from now on.
+
+        Raises:
+            UsageError: not an integer from 1 to the number of kept experts.
+        """
+        spec = dataclasses.replace(self._parts.spec, active=active, mixture_id=None)
+        self._switch(self._parts.with_spec(spec), self._parts.assignment)
+
+    # The trunk is built once; experts are then put in and out of it by `_switch`.
+
+    def _build_trunk(self) -> FlexMoreForCausalLM:
+        source = self._parts.source
+        config = FlexMoreConfig(**_trunk_config(source), num_experts=1, num_experts_per_tok=1)
+        with torch.device("meta"):
+            model = FlexMoreForCausalLM(config).eval()
+        model.model.rotary_emb = FlexOlmoRotaryEmbedding(config).to(self._device)
+        for name in shared_tensors(source.shape):
+            _set_parameter(model, name, self._to(source.shared(name)))
+        model.tie_weights()
+        model.to(self._dtype).requires_grad_(False)
+        return model
+
+    def _switch(self, parts: Parts, before: Assignment | None) -> None:
+        """Fetch what is missing, then put the new assignment in place."""
+        fresh = {name for name in parts.assignment.ranks if before is None or name not in before.ranks}
+        changed = [
+            key
+            for key in parts.keys()
+            if before is None or key.expert in fresh or before.rank(key) != parts.assignment.rank(key)
+        ]
+        fetched = {key: self._fetch(parts, key) for key in changed if not self._has(parts, key)}
+        for name in fresh - set(self._rows):
+            layers = range(parts.source.shape.num_layers)
+            self._rows[name] = [self._to(parts.source.router_row(name, layer)) for layer in layers]
+            self._experts[name] = [_empty_expert(self.model.config) for _ in layers]
+        self._held |= fetched
+        for key in changed:
+            self._place(key, parts.assignment.rank(key))
+        if before is None or list(before.ranks) != list(parts.assignment.ranks):
+            self._place_experts(parts.assignment)
+        self._parts = parts
+        self._update_config(parts.assignment)
+
+    def _has(self, parts: Parts, key: MatrixKey) -> bool:
+        held, rank = self._held.get(key), parts.assignment.rank(key)
+        if rank == FULL:
+            return isinstance(held, Tensor)
+        if rank == parts.source.born_ranks.get(key):
+            return isinstance(held, Factors) and held.rank == rank
+        return isinstance(held, Factors) and held.rank >= rank
+
+    def _fetch(self, parts: Parts, key: MatrixKey) -> Tensor | Factors:
+        piece = parts.piece(key, self._hold_rank)
+        if isinstance(piece, Factors):
+            return Factors(a=self._to(piece.a), bt=self._to(piece.bt))
+        return self._to(piece)
+
+    def _place(self, key: MatrixKey, rank: int | str) -> None:
+        expert, held = self._experts[key.expert][key.layer], self._held[key]
+        if isinstance(held, Factors):
+            expert.set_pair(key.projection, held.a[:rank], held.bt[:rank].T)
+        else:
+            expert.set_dense(key.projection, held)
+
+    def _place_experts(self, assignment: Assignment) -> None:
+        names = list(assignment.ranks)
+        for layer, decoder in enumerate(self.model.model.layers):
+            gate, experts = decoder.mlp.gate, decoder.mlp.experts
+            rows = torch.stack([self._rows[name][layer] for name in names])
+            gate.weight = nn.Parameter(rows, requires_grad=False)
+            gate.num_experts = len(names)
+            experts._modules = {str(i): self._experts[name][layer] for i, name in enumerate(names)}
+
+    def _update_config(self, assignment: Assignment) -> None:
+        config = self.model.config
+        for key, value in rank_config(assignment).items():
+            setattr(config, key, value)
+        self.model.num_experts = config.num_experts
+        self.model.set_active(assignment.active)
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+
+def load_mixture(
+    mixture: MixtureLike,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    experts: Sequence[str] | None = None,
+    factors: FactorSource | None = None,
+    hold_rank: int = 0,
+) -> Mixture:
+    """Load a mixture into memory.
+
+    Args:
+        mixture: a mixture file, a SOURCE string (a `flex_more` folder too), or a spec.
+        device: where the weights go.
+        dtype: what they are held and computed in; None means float32 on the CPU and the
+            checkpoint's own dtype elsewhere.
+        experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
+        factors: where to take factors from; None means the spec's store, else the cache.
+        hold_rank: hold factors up to this rank, so that switches up to it fetch nothing; 0 means
+            just what the assignment needs.
+
+    Raises:
+        UsageError, CheckpointError, StoreError: see `open_mixture`.
+    """
+    parts = open_mixture(mixture, experts, factors)
+    place = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" else parts.source.dtype
+    return Mixture(parts, place, parse_dtype(dtype), hold_rank)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point dtype by name.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: one of {', '.join(DTYPES)} is needed, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def rank_config(assignment: Assignment) -> dict[str, Any]:
+    """The entries of a `flex_more` config that say which experts are kept and at which ranks."""
+    ranks, pattern = [], {}
+    for index, (name, layers) in enumerate(assignment.ranks.items()):
+        as_numbers = {p: [DENSE if r == FULL else int(r) for r in layers[p]] for p in PROJECTIONS}
+        values = {r for rs in as_numbers.values() for r in rs}
+        ranks.append(max(values))
+        if len(values) > 1:
+            pattern[str(index)] = as_numbers
+    return {
+        "num_experts": len(ranks),
+        "num_experts_per_tok": assignment.active,
+        "expert_ranks": ranks,
+        "expert_alphas": list(ranks),
+        "expert_bases": [0] * len(ranks),
+        "expert_rank_pattern": pattern or None,
+        "expert_names": list(assignment.ranks),
+    }
+
+
+def _trunk_config(source: Source) -> dict[str, Any]:
+    left_out = ("model_type", "architectures", "num_experts", "num_experts_per_tok", "expert_names", "dtype")
+    return {k: v for k, v in source.config.items() if k not in (*left_out, "torch_dtype")}
+
+
+def _empty_expert(config: FlexMoreConfig) -> FlexMoreExpert:
+    with torch.device("meta"):
+        return FlexMoreExpert(config, 0, 0)
+
+
+def _set_parameter(model: nn.Module, name: str, values: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))

@@ -1,0 +1,254 @@
+"""Results on disk: one Parquet file per finished cell, written whole or not at all.
+
+    DIR/cells/{cell}.parquet       one row: the score of one mixture on one task
+    DIR/samples/{cell}.parquet     one row per document
+
+`{cell}` is a hash of everything that decides the result (`CellKey`). Samples are written before the cell, and
+each file under a temporary name that is renamed at the end: a cell that exists is complete. Files are the
+truth; there is no index and no lock, and two workers that finish the same cell write the same file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flexmore_ray.errors import FlexmoreError
+
+if TYPE_CHECKING:
+    from flexmore_ray.scores import Sample, TaskScore
+
+DONE = "done"
+FAILED = "failed"
+
+CELL_SCHEMA = pa.schema(
+    [
+        ("mixture_id", pa.string()),
+        ("mixture", pa.string()),  # the mixture's description as JSON
+        ("active", pa.int64()),
+        ("parameters", pa.int64()),
+        ("task", pa.string()),
+        ("group", pa.string()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("documents", pa.int64()),
+        ("seconds", pa.float64()),
+        ("status", pa.string()),  # done, or failed with an error
+        ("error", pa.string()),
+        ("versions", pa.string()),  # JSON: task, libraries, and the cell's identity
+        ("cell", pa.string()),
+    ]
+)
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("cell", pa.string()),
+        ("mixture_id", pa.string()),
+        ("task", pa.string()),
+        ("doc_id", pa.int64()),
+        ("doc_hash", pa.string()),
+        ("target", pa.string()),
+        (
+            "responses",
+            pa.string(),
+        ),  # JSON, per request: [log-likelihood, is greedy], a log-likelihood, or a text
+        ("correct", pa.bool_()),
+        ("metrics", pa.string()),  # JSON: a list of [metric, filter, value]
+    ]
+)
+_LIBRARIES = ("datasets", "flexmore-ray", "lm-eval", "torch", "transformers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CellKey:
+    """Everything that decides the result of a cell."""
+
+    mixture_id: str
+    """Weights, ranks and active experts."""
+    task: str
+    task_version: str
+    num_fewshot: int
+    split: str
+    limit: int | None = None
+    """Number of documents from the start of the split; None: all."""
+    seed: int
+    task_hash: str = ""
+    """Hash of the documents' content, where the version alone does not tell; empty: not used."""
+
+    @property
+    def cell(self) -> str:
+        """A hash of the key, the same in every process: 32 hexadecimal digits."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on; one that is not installed is left out."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def commit_cell(
+    root: str | Path,
+    key: CellKey,
+    score: TaskScore | None,
+    *,
+    mixture: Mapping[str, Any],
+    active: int,
+    parameters: int,
+    group: str | None = None,
+    error: str | None = None,
+) -> str:
+    """Write the result of a cell: samples first, the cell last.
+
+    Args:
+        root: Folder of the results; made if missing.
+        key: Identity of the cell.
+        score: The score; None for a cell that failed.
+        mixture: The mixture's description.
+        active: Experts chosen per token.
+        parameters: Total parameters of the mixture.
+        group: Group of the task; None: the score's.
+        error: Why the cell failed, one line; None if it did not.
+
+    Returns:
+        The cell's hash, `key.cell`.
+
+    Raises:
+        FlexmoreError: The folder cannot be written, or the disk is full. No half file stays, and no cell.
+    """
+    if score is not None:
+        _write(Path(root) / "samples", key.cell, _sample_table(key, score.samples))
+    row = {
+        "mixture_id": key.mixture_id,
+        "mixture": json.dumps(mixture, sort_keys=True),
+        "active": active,
+        "parameters": parameters,
+        "task": key.task,
+        "group": group if score is None or group is not None else score.group,
+        "split": key.split,
+        "status": FAILED if score is None else DONE,
+        "error": error,
+        "versions": json.dumps({"identity": dataclasses.asdict(key), "libraries": library_versions()}),
+        "cell": key.cell,
+    }
+    if score is not None:
+        row |= {name: getattr(score, name) for name in ("metric", "value", "stderr", "documents", "seconds")}
+    _write(Path(root) / "cells", key.cell, pa.Table.from_pylist([row], schema=CELL_SCHEMA))
+    return key.cell
+
+
+def write_samples(root: str | Path, key: CellKey, samples: Iterable[Sample]) -> None:
+    """Write the samples of a cell alone, as `flexmore eval` does; see `commit_cell`."""
+    _write(Path(root) / "samples", key.cell, _sample_table(key, samples))
+
+
+def _sample_table(key: CellKey, samples: Iterable[Sample]) -> pa.Table:
+    rows = [
+        {
+            "cell": key.cell,
+            "mixture_id": key.mixture_id,
+            "task": key.task,
+            "doc_id": sample.doc_id,
+            "doc_hash": sample.doc_hash,
+            "target": sample.target,
+            "responses": json.dumps(sample.responses, ensure_ascii=False),
+            "correct": sample.correct,
+            "metrics": json.dumps([[*name, value] for name, value in sample.metrics.items()], ensure_ascii=False),
+        }
+        for sample in samples
+    ]
+    return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+
+
+def _write(folder: Path, name: str, table: pa.Table) -> None:
+    """Write a table so that `{name}.parquet` has all of it or is not there."""
+    final = folder / f"{name}.parquet"
+    temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                pq.write_table(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(folder)
+    except OSError as error:
+        raise FlexmoreError(
+            f"cannot write results to {final}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def has_cell(root: str | Path, key: CellKey) -> bool:
+    """Whether a cell is there and did not fail."""
+    path = Path(root) / "cells" / f"{key.cell}.parquet"
+    return path.exists() and _read([path], CELL_SCHEMA)["status"][0].as_py() == DONE
+
+
+def read_cells(root: str | Path) -> pa.Table:
+    """All cells of a results folder in the order of their hashes; none if there is no such folder.
+
+    Raises:
+        FlexmoreError: A file is damaged (named).
+    """
+    return _read(sorted((Path(root) / "cells").glob("[!.]*.parquet")), CELL_SCHEMA)
+
+
+def read_samples(root: str | Path, cells: Sequence[str] | None = None) -> pa.Table:
+    """Samples of some cells (hashes), or of all cells in a results folder.
+
+    Samples whose cell was never committed are not read.
+
+    Raises:
+        FlexmoreError: A file is missing or damaged (named).
+    """
+    if cells is None:
+        committed = read_cells(root)
+        cells = committed.filter(pa.compute.equal(committed["status"], DONE))["cell"].to_pylist()
+    return _read([Path(root) / "samples" / f"{cell}.parquet" for cell in cells], SAMPLE_SCHEMA)
+
+
+def _read(paths: Sequence[Path], schema: pa.Schema) -> pa.Table:
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.ParquetFile(path).read().select(schema.names).cast(schema))
+        except (OSError, KeyError, ValueError) as error:
+            raise FlexmoreError(
+                f"results file {path} cannot be read ({' '.join(str(error).split())}); delete it to compute it again"
+            ) from error
+    return pa.concat_tables(tables) if tables else schema.empty_table()

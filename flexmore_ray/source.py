@@ -1,0 +1,326 @@
+"""Sources: named experts over one shared trunk, put together from checkpoints and adapters.
+
+A SOURCE string is a folder, ``zoo://nano``, a hub id, or ``name=FOLDER`` repeated; `open_source`
+opens them as one `Source`, checking bit for bit what its parts must share.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmore_ray.checkpoint import (
+    TOKENIZER_FILES,
+    Adapter,
+    Checkpoint,
+    digest,
+    expert_tensor,
+    router_tensor,
+    shared_tensors,
+)
+from flexmore_ray.errors import CheckpointError, UsageError
+from flexmore_ray.spec import PROJECTIONS, MatrixKey, check_names
+from flexmore_ray.spectra import Factors
+
+ZOO = Path(__file__).parent / "zoo"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+Slot = tuple[Checkpoint, int] | Adapter
+"""Where an expert lives: a checkpoint and its index there, or an adapter."""
+
+
+class Source:
+    """Named experts over one shared trunk, from one or more checkpoints and adapters.
+
+    Attributes:
+        experts: expert names, the public one first.
+        shape: the model's sizes.
+        trunk: the checkpoint that shared tensors, public expert and tokenizer come from.
+    """
+
+    def __init__(self, trunk: Checkpoint, slots: Mapping[str, Slot], origin: Sequence[str]):
+        self.trunk = trunk
+        self.shape = trunk.shape
+        self.experts = tuple(slots)
+        self._slots = dict(slots)
+        self._origin = list(origin)
+        self._digests: dict[MatrixKey, str] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """FlexOlmo config of the full mixture."""
+        flexmore_only = ("expert_ranks", "expert_alphas", "expert_bases", "expert_rank_pattern")
+        config = {k: v for k, v in self.trunk.config.items() if k not in flexmore_only}
+        config |= {"model_type": "flex_olmo", "architectures": ["FlexOlmoForCausalLM"]}
+        return config | {"num_experts": len(self.experts), "expert_names": list(self.experts)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Stored dtype of the public expert."""
+        return self.trunk.dtype
+
+    def describe(self) -> list[str]:
+        """The SOURCE strings that open this source again from anywhere."""
+        return list(self._origin)
+
+    def shared(self, name: str) -> Tensor:
+        """A tensor that all experts share."""
+        return self.trunk.shared(name)
+
+    def weight(self, key: MatrixKey) -> Tensor:
+        """Dense matrix (out, in) in its stored dtype."""
+        slot = self._slot(key.expert)
+        if isinstance(slot, Adapter):
+            base = self.weight(key._replace(expert=self.experts[0]))
+            return (base.float() + slot.factors(key.layer, key.projection).dense()).to(base.dtype)
+        checkpoint, index = slot
+        return checkpoint.weight(index, key.layer, key.projection)
+
+    def born_factors(self, key: MatrixKey) -> Factors | None:
+        """Factors of a matrix that was low-rank from the start; None if it is dense."""
+        slot = self._slot(key.expert)
+        if isinstance(slot, Adapter):
+            return slot.factors(key.layer, key.projection)
+        checkpoint, index = slot
+        return checkpoint.factors(index, key.layer, key.projection)
+
+    @functools.cached_property
+    def born_ranks(self) -> dict[MatrixKey, int]:
+        """Own ranks of the matrices that were low-rank from the start."""
+        out = {}
+        for expert in self.experts[1:]:
+            slot = self._slot(expert)
+            for key in self.shape.keys(expert):
+                if isinstance(slot, Adapter):
+                    rank: int | None = slot.rank(key.layer, key.projection)
+                else:
+                    rank = slot[0].rank(slot[1], key.layer, key.projection)
+                if rank is not None:
+                    out[key] = min(rank, self.shape.full_rank)
+        return out
+
+    def router_row(self, expert: str, layer: int) -> Tensor:
+        """Router row (hidden,) of one expert in one layer.
+
+        Raises:
+            CheckpointError: the expert is an adapter that came without one.
+        """
+        slot = self._slot(expert)
+        if not isinstance(slot, Adapter):
+            return slot[0].router(layer)[slot[1]]
+        row = slot.router_row(layer)
+        if row is None:
+            raise CheckpointError(
+                f"{slot.folder}: adapter {expert} has no router row; fit one with: flexmore merge ... --router ridge"
+            )
+        return row.to(self.dtype)
+
+    def router(self, layer: int, experts: Sequence[str] | None = None) -> Tensor:
+        """Router rows (experts, hidden) of one layer; None means all experts of the source."""
+        return torch.stack([self.router_row(name, layer) for name in experts or self.experts])
+
+    def two_expert(self, name: str) -> Source:
+        """The two-expert mixture of the public and one domain expert, with the rows it was trained with."""
+        slot = self._slot(name)
+        public = (slot[0], 0) if not isinstance(slot, Adapter) else self._slot(self.experts[0])
+        return Source(self.trunk, {self.experts[0]: public, name: slot}, self._origin)
+
+    def digest(self, key: MatrixKey) -> str:
+        """SHA-256 of one matrix's content: dtype, shape and bytes, whatever the layout."""
+        if key not in self._digests:
+            factors = self.born_factors(key)
+            tensors = [self.weight(key)] if factors is None else [factors.a, factors.bt]
+            self._digests[key] = digest(tensors)
+        return self._digests[key]
+
+    @functools.cached_property
+    def shared_digest(self) -> str:
+        """SHA-256 of all shared tensors."""
+        return digest(self.shared(name) for name in shared_tensors(self.shape))
+
+    def expert_digest(self, name: str) -> str:
+        """SHA-256 of one expert: its matrices and router rows."""
+        rows = digest(self.router_row(name, layer) for layer in range(self.shape.num_layers))
+        matrices = [self.digest(key) for key in self.shape.keys(name)]
+        return hashlib.sha256("".join([rows, *matrices]).encode()).hexdigest()
+
+    def check(self) -> Iterator[str]:
+        """Read every tensor once, checking that it is finite; yields the name of each part done.
+
+        Raises:
+            CheckpointError: names the first damaged tensor.
+        """
+        for name in shared_tensors(self.shape):
+            self.shared(name)
+        yield "shared"
+        for expert in self.experts:
+            for key in self.shape.keys(expert):
+                if self.born_factors(key) is None:
+                    self.weight(key)
+            yield expert
+
+    def _slot(self, expert: str) -> Slot:
+        return self._slots[expert]
+
+
+def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> Source:
+    """Open one or more SOURCE strings as one set of named experts.
+
+    Args:
+        sources: a folder, ``zoo://nano``, a hub id, or ``name=FOLDER`` repeated (two-expert
+            checkpoints that share all but their own expert, or PEFT adapters).
+        names: names for the experts of an N-expert checkpoint; None means its own.
+
+    Raises:
+        UsageError: the strings do not make sense together.
+        CheckpointError: a folder cannot be read, or parts that must be equal differ.
+    """
+    parts = [_split_source(text) for text in sources]
+    plain = [(text, path) for text, (name, path) in zip(sources, parts, strict=True) if name is None]
+    named = [(name, path) for name, path in parts if name is not None]
+    if len(plain) > 1 or not parts:
+        raise UsageError(f"source: give one folder, or name=FOLDER for each expert, got {list(sources)}")
+    slots: dict[str, Slot] = {}
+    if plain:
+        trunk = Checkpoint(plain[0][1])
+        for index, name in enumerate(_names_of(trunk, names)):
+            slots[name] = (trunk, index)
+    opened = [(name, _open_expert(path)) for name, path in named]
+    if not plain:
+        trunk = _first_checkpoint(opened)
+        slots["public" if names is None else names[0]] = (trunk, 0)
+    for name, expert in opened:
+        check_names([*slots, name], where="source")
+        if isinstance(expert, Adapter):
+            expert.check(trunk.shape)
+            slots[name] = expert
+        else:
+            _check_pair(name, expert, trunk)
+            slots[name] = (expert, 1)
+    if names is not None and not plain and tuple(names) != tuple(slots):
+        raise UsageError(f"--experts: the sources name {', '.join(slots)}, got {', '.join(names)}")
+    return Source(trunk, slots, [_absolute(text) for text in sources])
+
+
+def resolve_folder(text: str) -> Path:
+    """The folder that a SOURCE string without a name points to; a hub id is downloaded.
+
+    Raises:
+        CheckpointError: there is no such folder, embedded mixture or hub repository.
+    """
+    if text.startswith("zoo://"):
+        folder = ZOO / text.removeprefix("zoo://")
+        if not (folder / "config.json").is_file():
+            known = ", ".join(f"zoo://{p.parent.name}" for p in sorted(ZOO.glob("*/config.json")))
+            raise CheckpointError(f"{text}: no such embedded mixture; there is {known}")
+        return folder
+    folder = Path(text).expanduser()
+    if folder.exists() or not _HUB_ID.fullmatch(text):
+        return folder
+    return _download(text)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+    except Exception as error:  # the hub client raises its own, the HTTP client's and OS errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{repo}: no such folder, and not to be had from the hub: {reason}") from error
+
+
+def _split_source(text: str) -> tuple[str | None, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        return None, resolve_folder(text)
+    check_names([name], where=f"source {text}")
+    return name, resolve_folder(path)
+
+
+def _absolute(text: str) -> str:
+    name, path = _split_source(text)
+    if text.rpartition("=")[2].startswith("zoo://"):
+        return text
+    return str(path.resolve()) if name is None else f"{name}={path.resolve()}"
+
+
+def _names_of(checkpoint: Checkpoint, names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return check_names(checkpoint.names, where=str(checkpoint.folder))
+    if len(names) != checkpoint.num_experts:
+        raise UsageError(
+            f"--experts: {checkpoint.folder} has {checkpoint.num_experts} experts, got {len(names)} names "
+            f"({', '.join(names)})"
+        )
+    return check_names(names, where="--experts")
+
+
+def _open_expert(folder: Path) -> Checkpoint | Adapter:
+    if (folder / "adapter_config.json").exists():
+        return Adapter(folder)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.num_experts != 2:
+        raise CheckpointError(f"{folder}: name=FOLDER takes a two-expert checkpoint, this has {checkpoint.num_experts}")
+    return checkpoint
+
+
+def _first_checkpoint(opened: Sequence[tuple[str, Checkpoint | Adapter]]) -> Checkpoint:
+    for _, expert in opened:
+        if isinstance(expert, Checkpoint):
+            return expert
+    raise UsageError("source: adapters alone have no public expert; add a checkpoint that holds it")
+
+
+def _check_pair(name: str, pair: Checkpoint, trunk: Checkpoint) -> None:
+    """Check bit for bit that a two-expert checkpoint has the trunk's shared tensors and public expert."""
+    if pair is trunk:
+        return
+    if pair.shape != trunk.shape:
+        raise CheckpointError(f"{pair.folder}: expert {name} has other sizes than {trunk.folder}: {pair.shape}")
+    for tensor in shared_tensors(trunk.shape):
+        _check_equal(tensor, pair, pair.shared(tensor), trunk, trunk.shared(tensor))
+    for layer in range(trunk.shape.num_layers):
+        row, reference = pair.router(layer)[0], trunk.router(layer)[0]
+        _check_equal(f"{router_tensor(layer)} row 0", pair, row, trunk, reference)
+        for p in PROJECTIONS:
+            values, reference = pair.weight(0, layer, p), trunk.weight(0, layer, p)
+            _check_equal(expert_tensor(layer, 0, p), pair, values, trunk, reference)
+
+
+def _check_equal(name: str, pair: Checkpoint, values: Tensor, trunk: Checkpoint, reference: Tensor) -> None:
+    if values.dtype == reference.dtype and torch.equal(values, reference):
+        return
+    difference = (values.double() - reference.double()).abs().max().item()
+    raise CheckpointError(
+        f"{pair.folder}: tensor {name} must equal that of {trunk.folder} bit for bit: largest difference "
+        f"{difference:.3g}, dtypes {values.dtype} and {reference.dtype}; were they trained from one public model?"
+    )
+
+
+def flexolmo_plan(source: Source, rows: Tensor | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Tensors of a source as one plain FlexOlmo checkpoint in the per-expert layout.
+
+    Args:
+        source: the experts.
+        rows: router rows (layers, experts, hidden) to write; None keeps the source's own.
+    """
+    plan: dict[str, Callable[[], Tensor]] = {
+        name: functools.partial(source.shared, name) for name in shared_tensors(source.shape)
+    }
+    for layer in range(source.shape.num_layers):
+        if rows is None:
+            plan[router_tensor(layer)] = functools.partial(source.router, layer)
+        else:
+            plan[router_tensor(layer)] = functools.partial(rows[layer].to, source.dtype)
+        for index, expert in enumerate(source.experts):
+            for p in PROJECTIONS:
+                key = MatrixKey(expert, layer, p)
+                plan[expert_tensor(layer, index, p)] = functools.partial(source.weight, key)
+    return plan
