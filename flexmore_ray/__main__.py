@@ -11,11 +11,14 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from flexmore_ray.errors import FlexmoreError, UsageError
+
+if TYPE_CHECKING:
+    from flexmore_ray.store import FactorStore
 
 Item = TypeVar("Item")
 Result = dict[str, Any]
@@ -112,7 +115,6 @@ def run_inspect(args: argparse.Namespace) -> Result:
 def run_params(args: argparse.Namespace) -> Result:
     """Count a mixture's parameters from its configuration alone."""
     from flexmore_ray.budget import SHAPE_EXPERTS, SHAPES, break_even_rank, count_parameters, format_count
-    from flexmore_ray.spec import FULL
 
     ranks = _rank_options(args)
     if (args.shape is None) == (not args.mixture):
@@ -156,30 +158,26 @@ def run_params(args: argparse.Namespace) -> Result:
         f"{format_count(count.full_total)}), at most {format_count(count.active)} active per token "
         f"with {assignment.active} experts, {format_count(count.total * width)} bytes at {width} each"
     )
-    assert FULL == "full"
     return result
 
 
 def run_merge(args: argparse.Namespace) -> Result:
     """Merge two-expert checkpoints into one FlexOlmo checkpoint."""
-    from flexmore_ray.checkpoint import copy_tokenizer, new_folder, write_config, write_tensors
-    from flexmore_ray.mixture import fit_router
-    from flexmore_ray.source import flexolmo_plan, open_source
+    from flexmore_ray.merge import merge
 
-    source = open_source(args.source, args.experts)
     data = _named_files(args.data or [])
-    if args.router == "ridge":
-        rows = fit_router(source, data, ridge=args.ridge, temperature=args.temperature)
-    elif data:
+    if data and args.router == "keep":
         raise UsageError("--data: only --router ridge uses data; leave it out, or choose --router ridge")
-    else:
-        rows = None
-    with new_folder(Path(args.out)) as folder:
-        write_tensors(folder, flexolmo_plan(source, rows))
-        active = min(int(source.trunk.config.get("num_experts_per_tok") or 2), len(source.experts))
-        write_config(folder, source.config | {"num_experts_per_tok": args.active or active})
-        copy_tokenizer(source.trunk.folder, folder)
-    print(f"{args.out}: {len(source.experts)} experts ({', '.join(source.experts)}), router rows {args.router}")
+    source = merge(
+        args.source,
+        Path(args.out),
+        names=args.experts,
+        data=data if args.router == "ridge" else None,
+        ridge=args.ridge,
+        temperature=args.temperature,
+        active=args.active,
+    )
+    print(f"{args.out}: {len(source.experts)} experts ({', '.join(source.experts)}), router rows: {args.router}")
     return {"out": str(args.out), "experts": list(source.experts), "router": args.router}
 
 
@@ -189,25 +187,58 @@ def run_decompose(args: argparse.Namespace) -> Result:
     from flexmore_ray.store import build_store
 
     source = open_source(args.source, args.experts)
-    total = (len(source.experts) - 1) * source.shape.num_layers * 3
-    with tqdm(total=total, desc="decomposing", disable=not sys.stderr.isatty(), leave=False) as bar:
-        build_store(
-            source,
-            Path(args.store),
-            max_rank=args.max_rank,
-            dtype=args.dtype,
-            device=args.device,
-            progress=lambda key: bar.update(),
+    with tqdm(desc="decomposing", unit="matrix", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def advance(done: int, total: int, _: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        store = build_store(
+            source, Path(args.store), max_rank=args.max_rank, dtype=args.dtype, device=args.device, progress=advance
         )
-    return _describe_store(Path(args.store), source.experts[1:])
+    return _describe_store(store, source.experts[1:])
 
 
-def _describe_store(folder: Path, experts: Sequence[str]) -> Result:
-    raise NotImplementedError
+def _describe_store(store: FactorStore, experts: Sequence[str]) -> Result:
+    """Print what a store holds: per expert the ranks, effective ranks, energies and methods."""
+    from flexmore_ray.budget import entropy_rank
+    from flexmore_ray.spectra import energy_share
+
+    rows: list[list[str]] = []
+    result: dict[str, Any] = {}
+    for name in experts:
+        keys = [key for key in store.keys() if key.expert == name]
+        spectra = [store.spectrum(key) for key in keys]
+        held = min(store.max_rank(key) for key in keys)
+        half = [
+            energy_share(s, max(1, held // 2), store.residual_energy(key)) for key, s in zip(keys, spectra, strict=True)
+        ]
+        effective = [entropy_rank(s.numpy()) for s in spectra]
+        result[name] = {"matrices": len(keys), "max_rank": held, "mean_effective_rank": sum(effective) / len(keys)}
+        mean = f"{result[name]['mean_effective_rank']:.1f}"
+        rows.append([name, str(len(keys)), str(held), mean, f"{100 * sum(half) / len(half):.1f} %"])
+    _print_table(["expert", "matrices", "rank held", "effective rank", "energy at half of it"], rows)
+    print(f"\n{store.folder}: {store.decomposed} matrices decomposed now, {len(store.keys())} in all, complete")
+    return {"store": str(store.folder), "decomposed": store.decomposed, "experts": result}
 
 
 def run_eval(args: argparse.Namespace) -> Result:
-    raise NotImplementedError
+    """Score one mixture; cells that the results folder has already are not computed again."""
+    from flexmore_ray.evaluate import evaluate, score_table, summarise
+    from flexmore_ray.mixture import load_mixture
+    from flexmore_ray.scores import load_tasks
+
+    tasks = load_tasks(args.tasks, split=args.split, limit=args.limit)
+    mixture = load_mixture(args.mixture, device=args.device, dtype=args.dtype, experts=args.experts)
+    results = Path(args.results)
+    cells = list(progress(evaluate(mixture, tasks, results), len(tasks.tasks), "scoring"))
+    count = mixture.count()
+    print(score_table(cells, {group.name: group.kind for group in tasks.suite.groups}))
+    print(
+        f"\n{count.total:,} parameters ({count.ratio:.3f} of full), {mixture.assignment.active} active; samples in {results}/samples"
+    )
+    identity = {"mixture_id": mixture.spec.mixture_id, "parameters": count.total, "split": args.split}
+    return summarise(cells) | identity | {"results": str(results)}
 
 
 def run_export(args: argparse.Namespace) -> Result:
@@ -220,7 +251,10 @@ def run_export(args: argparse.Namespace) -> Result:
 
 
 def run_demo(args: argparse.Namespace) -> Result:
-    raise NotImplementedError
+    """Run the whole chain on the embedded mixture."""
+    from flexmore_ray.demo import run_demo as demo
+
+    return demo(Path(args.out))
 
 
 # -------------------------------------------------------------------------------- options
@@ -271,7 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tasks", required=True, metavar="SUITE_OR_TASKS")
     evaluate.add_argument("--split", choices=["validation", "test"], default="validation")
     evaluate.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
-    evaluate.add_argument("--results", metavar="DIR", help="folder for cells and samples (default: results)")
+    evaluate.add_argument(
+        "--results", default="results", metavar="DIR", help="folder for cells and samples (default: results)"
+    )
     evaluate.add_argument("--device", default="cpu", metavar="D")
     evaluate.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
 

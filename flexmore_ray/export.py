@@ -82,7 +82,7 @@ def _export_dtype(parts: Parts, dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return parse_dtype(dtype)
     to = parts.source.dtype
-    for key in parts.keys():
+    for key in parts.matrix_keys():
         piece_rank = parts.assignment.rank(key)
         if piece_rank != FULL:
             piece = parts.piece(key)

@@ -107,7 +107,7 @@ class Parts:
             return factors
         return self.factors.factors(key, min(max(rank, hold), born or self.source.shape.full_rank))
 
-    def keys(self) -> Iterator[MatrixKey]:
+    def matrix_keys(self) -> Iterator[MatrixKey]:
         """All matrices of all kept experts."""
         for name in self.assignment.ranks:
             yield from self.source.shape.keys(name)
@@ -124,13 +124,18 @@ class Parts:
 
 
 def open_mixture(
-    mixture: MixtureLike, experts: Sequence[str] | None = None, factors: FactorSource | None = None
+    mixture: MixtureLike,
+    experts: Sequence[str] | None = None,
+    *,
+    source: Source | None = None,
+    factors: FactorSource | None = None,
 ) -> Parts:
     """Find what a mixture is made of, and check its rank assignment.
 
     Args:
         mixture: a mixture file, a SOURCE string, or a spec.
         experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
+        source: the experts, where they are open already; None opens what the spec names.
         factors: where to take factors from; None means the spec's store, else the cache.
 
     Raises:
@@ -140,7 +145,8 @@ def open_mixture(
     """
     spec = read_spec(mixture, experts)
     store = open_store(Path(spec.store)) if spec.store else None
-    source = open_source(spec.source or store.sources, spec.experts)
+    if source is None:
+        source = open_source(spec.source or (store.sources if store else ()), spec.experts)
     if store is not None:
         store.check_source(source)
     return Parts(spec, source, factors or store or CachedFactors(source), _assign(spec, source))
@@ -191,6 +197,11 @@ class Mixture:
         return self._parts.spec
 
     @property
+    def experts(self) -> tuple[str, ...]:
+        """All expert names of the source, the public one first, dropped ones included."""
+        return self._parts.source.experts
+
+    @property
     def assignment(self) -> Assignment:
         """The current rank of every matrix."""
         return self._parts.assignment
@@ -216,8 +227,7 @@ class Mixture:
             UsageError: an unknown expert or a rank that breaks its rule.
             StoreError: a rank above what the mixture's store holds.
         """
-        spec = self._parts.spec.with_ranks(ranks)
-        self._switch(self._parts.with_spec(spec), self._parts.assignment)
+        self.switch(ranks, self._parts.spec.active)
 
     def set_active(self, active: int) -> None:
         """Choose `active` experts per token from now on.
@@ -225,7 +235,11 @@ class Mixture:
         Raises:
             UsageError: not an integer from 1 to the number of kept experts.
         """
-        spec = dataclasses.replace(self._parts.spec, active=active, mixture_id=None)
+        self.switch({}, active)
+
+    def switch(self, ranks: Mapping[str, ExpertRank], active: int | None) -> None:
+        """`set_ranks` and `set_active` in one step; None means the checkpoint's own number."""
+        spec = dataclasses.replace(self._parts.spec.with_ranks(ranks), active=active)
         self._switch(self._parts.with_spec(spec), self._parts.assignment)
 
     # The trunk is built once; experts are then put in and out of it by `_switch`.
@@ -247,7 +261,7 @@ class Mixture:
         fresh = {name for name in parts.assignment.ranks if before is None or name not in before.ranks}
         changed = [
             key
-            for key in parts.keys()
+            for key in parts.matrix_keys()
             if before is None or key.expert in fresh or before.rank(key) != parts.assignment.rank(key)
         ]
         fetched = {key: self._fetch(parts, key) for key in changed if not self._has(parts, key)}
@@ -310,6 +324,7 @@ def load_mixture(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     experts: Sequence[str] | None = None,
+    source: Source | None = None,
     factors: FactorSource | None = None,
     hold_rank: int = 0,
 ) -> Mixture:
@@ -321,6 +336,7 @@ def load_mixture(
         dtype: what they are held and computed in; None means float32 on the CPU and the
             checkpoint's own dtype elsewhere.
         experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
+        source: the experts, where they are open already; None opens what the spec names.
         factors: where to take factors from; None means the spec's store, else the cache.
         hold_rank: hold factors up to this rank, so that switches up to it fetch nothing; 0 means
             just what the assignment needs.
@@ -328,7 +344,7 @@ def load_mixture(
     Raises:
         UsageError, CheckpointError, StoreError: see `open_mixture`.
     """
-    parts = open_mixture(mixture, experts, factors)
+    parts = open_mixture(mixture, experts, source=source, factors=factors)
     place = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else parts.source.dtype
@@ -351,7 +367,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def rank_config(assignment: Assignment) -> dict[str, Any]:
     """The entries of a `flex_more` config that say which experts are kept and at which ranks."""
     ranks, pattern = [], {}
-    for index, (name, layers) in enumerate(assignment.ranks.items()):
+    for index, layers in enumerate(assignment.ranks.values()):
         as_numbers = {p: [DENSE if r == FULL else int(r) for r in layers[p]] for p in PROJECTIONS}
         values = {r for rs in as_numbers.values() for r in rs}
         ranks.append(max(values))

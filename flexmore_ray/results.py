@@ -76,6 +76,8 @@ class CellKey:
 
     mixture_id: str
     """Weights, ranks and active experts."""
+    dtype: str
+    """Number format that the model computes in, such as bfloat16."""
     task: str
     task_version: str
     num_fewshot: int
@@ -84,7 +86,7 @@ class CellKey:
     """Number of documents from the start of the split; None: all."""
     seed: int
     task_hash: str = ""
-    """Hash of the documents' content, where the version alone does not tell; empty: not used."""
+    """`PreparedTask.content_hash`, where the version alone does not tell; empty: not used."""
 
     @property
     def cell(self) -> str:
@@ -216,7 +218,16 @@ def _sync_folder(folder: Path) -> None:
 def has_cell(root: str | Path, key: CellKey) -> bool:
     """Whether a cell is there and did not fail."""
     path = Path(root) / "cells" / f"{key.cell}.parquet"
-    return path.exists() and _read([path], CELL_SCHEMA)["status"][0].as_py() == DONE
+    return path.exists() and read_cell(root, key)["status"] == DONE
+
+
+def read_cell(root: str | Path, key: CellKey) -> dict[str, Any]:
+    """One cell as a row: the columns of `CELL_SCHEMA` by name.
+
+    Raises:
+        FlexmoreError: The file is missing or damaged.
+    """
+    return _read([Path(root) / "cells" / f"{key.cell}.parquet"], CELL_SCHEMA).to_pylist()[0]
 
 
 def read_cells(root: str | Path) -> pa.Table:

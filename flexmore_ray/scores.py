@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
+import itertools
 import json
 import logging
 import random
@@ -172,6 +174,15 @@ class PreparedTask:
     """Document id -> its requests."""
     hashes: dict[int, str]
     """Document id -> SHA-256 of its content."""
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of documents and requests: changes with data, prompts, examples and their number."""
+        digest = hashlib.sha256()
+        for doc_id, requests in self.documents.items():
+            asked = [[request.request_type, request.arguments] for request in requests]
+            digest.update(json.dumps([doc_id, self.hashes[doc_id], asked], default=str).encode())
+        return digest.hexdigest()
 
     def score(self, lm: LM, documents: Iterable[int] | None = None) -> TaskScore:
         """Score a model.
@@ -378,6 +389,7 @@ def _task_manager(folders: tuple[Path, ...]) -> TaskManager:
     from lm_eval.tasks import TaskManager
     from tqdm import tqdm
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task relies on
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=not sys.stderr.isatty(), leave=False)
@@ -552,4 +564,4 @@ def iter_shards(task: PreparedTask, shards: int) -> Iterator[list[int]]:
     """Split a task's documents into nearly equal runs of document ids, none empty."""
     ids = list(task.documents)
     bounds = [len(ids) * i // shards for i in range(shards + 1)]
-    yield from (ids[low:high] for low, high in zip(bounds, bounds[1:], strict=False) if low < high)
+    yield from (ids[low:high] for low, high in itertools.pairwise(bounds) if low < high)

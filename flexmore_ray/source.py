@@ -125,12 +125,6 @@ class Source:
         """Router rows (experts, hidden) of one layer; None means all experts of the source."""
         return torch.stack([self.router_row(name, layer) for name in experts or self.experts])
 
-    def two_expert(self, name: str) -> Source:
-        """The two-expert mixture of the public and one domain expert, with the rows it was trained with."""
-        slot = self._slot(name)
-        public = (slot[0], 0) if not isinstance(slot, Adapter) else self._slot(self.experts[0])
-        return Source(self.trunk, {self.experts[0]: public, name: slot}, self._origin)
-
     def digest(self, key: MatrixKey) -> str:
         """SHA-256 of one matrix's content: dtype, shape and bytes, whatever the layout."""
         if key not in self._digests:

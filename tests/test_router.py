@@ -81,12 +81,11 @@ def test_padding_does_not_count(model: nn.Module, left: bool) -> None:
     ridge=st.floats(1e-4, 1.0),
     temperature=st.floats(0.05, 2.0),
 )
-def test_fit_equals_weighted_ridge_regression(
-    seed: int, sizes: list[int], ridge: float, temperature: float
-) -> None:
+def test_fit_equals_weighted_ridge_regression(seed: int, sizes: list[int], ridge: float, temperature: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     features = [
-        torch.randn(LAYERS, n, HIDDEN, generator=generator, dtype=torch.float64) + index for index, n in enumerate(sizes)
+        torch.randn(LAYERS, n, HIDDEN, generator=generator, dtype=torch.float64) + index
+        for index, n in enumerate(sizes)
     ]
     moments = {f"expert-{i}": moments_of(x) for i, x in enumerate(features)}
     rows = fit_rows(moments, ridge=ridge, temperature=temperature)
@@ -114,7 +113,8 @@ def test_save_and_load(tmp_path: Path) -> None:
     moments.save(tmp_path / "moments.safetensors")
     loaded = RouterMoments.load(tmp_path / "moments.safetensors")
     assert loaded.count == 9
-    assert torch.equal(loaded.gram, moments.gram) and torch.equal(loaded.total, moments.total)
+    assert torch.equal(loaded.gram, moments.gram)
+    assert torch.equal(loaded.total, moments.total)
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, model: nn.Module) -> None:

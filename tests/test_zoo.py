@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,9 +75,7 @@ def test_splits_are_disjoint_and_complete(topic: Any) -> None:
 
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_training_text_holds_no_evaluation_document(expert: str) -> None:
-    held_out = {
-        row["context"] for task in TASKS for split in ("validation", "test") for row in read_rows(task, split)
-    }
+    held_out = {row["context"] for task in TASKS for split in ("validation", "test") for row in read_rows(task, split)}
     assert not held_out & {line.context for line in islice(training_lines(expert), 20000)}
 
 
@@ -145,7 +141,8 @@ def syllogism(context: str) -> str:
     """Try every way to fill the eight regions of three classes, with none of the classes empty."""
     stated = re.findall(r"(all|no) (\w) are (\w)", context)
     asked = re.search(r"is (\w) (\w):$", context)
-    assert asked is not None and len(stated) == 2
+    assert asked is not None
+    assert len(stated) == 2
     names = sorted({name for _, *pair in stated for name in pair})
     regions = list(itertools.product((False, True), repeat=3))
     found = set()
@@ -186,7 +183,8 @@ def test_facts_do_not_contradict_each_other(topic: FactTopic) -> None:
     for split in SPLITS:
         for row in read_rows(topic.task, split):
             subject = re.search(r"[A-Z]\w{4}", row["context"])
-            assert subject is not None and topic.table[subject.group()] == row["answer"]
+            assert subject is not None
+            assert topic.table[subject.group()] == row["answer"]
 
 
 @pytest.mark.parametrize("topic", [t for t in ALL_TOPICS if t.multiple_choice], ids=lambda t: t.task)
@@ -227,15 +225,16 @@ def record(nano: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def full(nano: Path) -> Iterator[FlexOlmoForCausalLM]:
-    yield FlexOlmoForCausalLM.from_pretrained(nano, dtype=torch.float32).eval()
+def full(nano: Path) -> FlexOlmoForCausalLM:
+    return FlexOlmoForCausalLM.from_pretrained(nano, dtype=torch.float32).eval()
 
 
 def test_weights_are_small_and_complete(nano: Path) -> None:
     files = list(nano.glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) <= 12_000_000
     config = json.loads((nano / "config.json").read_text())
-    assert config["model_type"] == "flex_olmo" and config["expert_names"] == list(EXPERTS)
+    assert config["model_type"] == "flex_olmo"
+    assert config["expert_names"] == list(EXPERTS)
     with safe_open(nano / "model.safetensors", "pt") as model:
         keys = set(model.keys())
         assert all(model.get_tensor(key).dtype == torch.bfloat16 for key in keys)
@@ -249,7 +248,8 @@ def test_tokenizer_round_trip(nano: Path) -> None:
     @given(st.text(alphabet=CHARACTERS, max_size=60))
     def round_trip(text: str) -> None:
         ids = tokenizer(text)["input_ids"]
-        assert ids == encode(text) and tokenizer.decode(ids) == text
+        assert ids == encode(text)
+        assert tokenizer.decode(ids) == text
 
     round_trip()
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, 1, 0)
@@ -283,9 +283,7 @@ def test_domain_text_files_are_read_back(tmp_path: Path) -> None:
     assert read_texts(tmp_path / "code.txt") == domain_text("code", 200)
 
 
-def test_router_rows_come_from_the_domains_texts(
-    nano: Path, tmp_path: Path, full: FlexOlmoForCausalLM
-) -> None:
+def test_router_rows_come_from_the_domains_texts(nano: Path, tmp_path: Path, full: FlexOlmoForCausalLM) -> None:
     tokenizer = AutoTokenizer.from_pretrained(nano)
     moments = {}
     for expert in EXPERTS:
@@ -335,7 +333,11 @@ def test_recorded_scores_of_pairs_hold(record: dict[str, Any], tmp_path: Path, e
 
 
 def test_lm_eval_gives_the_recorded_scores(
-    nano: Path, record: dict[str, Any], full: FlexOlmoForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano: Path,
+    record: dict[str, Any],
+    full: FlexOlmoForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM

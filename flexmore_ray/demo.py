@@ -1,0 +1,173 @@
+"""`flexmore demo`: the whole chain on the embedded mixture, from checkpoint to a table of what rank buys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flexmore_ray.budget import allocate_entropy, allocate_optimal, format_count
+from flexmore_ray.evaluate import evaluate, summarise
+from flexmore_ray.export import export_mixture
+from flexmore_ray.harness import MixtureLM
+from flexmore_ray.mixture import load_mixture, open_mixture
+from flexmore_ray.scores import load_tasks
+from flexmore_ray.source import Source, open_source
+from flexmore_ray.spec import DROP, ExpertRank, MixtureSpec
+from flexmore_ray.spectra import energy_share
+from flexmore_ray.store import FactorStore, build_store
+
+SOURCE = "zoo://nano"
+SUITE = "nano"
+BUDGETS = (0.33, 0.5)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the demo's table."""
+
+    name: str
+    parameters: int
+    ratio: float
+    score: float
+    groups: Mapping[str, float]
+
+
+def run_demo(out: Path) -> dict[str, Any]:
+    """Decompose, score, tabulate and export; what is already in `out` is not done again.
+
+    Args:
+        out: folder for the store, the results, the mixture files, the table and an exported model.
+    """
+    source = open_source([SOURCE])
+    print(f"{SOURCE}: {len(source.experts)} experts ({', '.join(source.experts)}), {source.shape.num_layers} layers")
+    store = decompose(source, out / "store")
+    print(f"\nShare of each delta's energy that a rank keeps (mean over matrices; full rank {source.shape.full_rank})")
+    print_columns(energy_table(source, store))
+    specs = mixtures(source, store, out / "store")
+    (out / "mixtures").mkdir(parents=True, exist_ok=True)
+    for name, spec in specs.items():
+        spec.save(out / "mixtures" / f"{name}.yaml")
+    rows = score(specs, out / "results")
+    table = score_columns(rows)
+    print(f"\nScores in percent on the validation split of the suite {SUITE}")
+    print_columns(table)
+    (out / "table.md").write_text(markdown(table), encoding="utf-8")
+    chosen = choose(rows, specs)
+    model = out / "model"
+    if not model.exists():
+        export_mixture(specs[chosen], model, "flex_more")
+    say_where_to_look(out, chosen)
+    return {"out": str(out), "chosen": chosen, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def decompose(source: Source, folder: Path) -> FactorStore:
+    """Decompose every delta of the source into a store, with a bar on a terminal."""
+    with tqdm(desc="decomposing", disable=None, leave=False) as bar:
+        return build_store(source, folder, progress=lambda done, total, _: advance(bar, done, total))
+
+
+def advance(bar: tqdm, done: int, total: int) -> None:
+    """Move a bar to `done` of `total`."""
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def energy_table(source: Source, store: FactorStore) -> list[list[str]]:
+    """Per expert, the mean share of energy that each rank keeps."""
+    rows = [["expert", *(f"rank {rank}" for rank in RANKS)]]
+    for name in source.experts[1:]:
+        spectra = [store.spectrum(key) for key in source.shape.keys(name)]
+        shares = [sum(energy_share(s, rank) for s in spectra) / len(spectra) for rank in RANKS]
+        rows.append([name, *(f"{100 * share:.1f} %" for share in shares)])
+    return rows
+
+
+def mixtures(source: Source, store: FactorStore, folder: Path) -> dict[str, MixtureSpec]:
+    """The mixtures to compare, by name: uniform ranks, allocated ranks, full, public alone."""
+    domains = source.experts[1:]
+    spectra = {key: store.spectrum(key).numpy() for name in domains for key in source.shape.keys(name)}
+    full = open_mixture(SOURCE).count().full_total
+
+    def spec(ranks: Mapping[str, ExpertRank] | ExpertRank, active: int | None = None) -> MixtureSpec:
+        by_name = ranks if isinstance(ranks, Mapping) else dict.fromkeys(domains, ranks)
+        return MixtureSpec(source=(SOURCE,), store=str(folder.resolve()), ranks=by_name, active=active)
+
+    named = {"public-alone": spec(DROP, 1)}
+    named |= {f"rank-{rank}": spec(rank) for rank in RANKS}
+    for share in BUDGETS:
+        ranks = allocate_optimal(source.shape, source.experts, spectra, int(share * full))
+        named[f"energy-{share}x"] = spec(ranks)
+    named["entropy"] = spec(allocate_entropy(source.shape, spectra))
+    named["full-a2"] = spec({}, 2)
+    named["full-a4"] = spec({}, 4)
+    named[f"full-a{len(source.experts)}"] = spec({}, len(source.experts))
+    return named
+
+
+def score(specs: Mapping[str, MixtureSpec], results: Path) -> list[Row]:
+    """Score all mixtures with one model in memory whose ranks are switched in place."""
+    tasks = load_tasks(SUITE, split="validation")
+    first = next(iter(specs.values()))
+    mixture = load_mixture(first)
+    lm = MixtureLM(mixture.model, mixture.tokenizer)
+    everything = dict.fromkeys(mixture.experts[1:], "full")
+    rows = []
+    for name, spec in tqdm(specs.items(), desc="scoring", disable=None, leave=False):
+        mixture.switch(everything | dict(spec.ranks), spec.active)
+        summary = summarise(evaluate(mixture, tasks, results, lm))
+        count = mixture.count()
+        rows.append(Row(name, count.total, count.ratio, summary["score"], summary["groups"]))
+    return rows
+
+
+def score_columns(rows: Sequence[Row]) -> list[list[str]]:
+    """The table of mixtures: parameters, ratio to full, score, score by group."""
+    groups = list(rows[0].groups)
+    lines = [["mixture", "parameters", "ratio", "score", *groups]]
+    for row in rows:
+        scores = [f"{100 * value:.1f}" for value in (row.score, *row.groups.values())]
+        lines.append([row.name, format_count(row.parameters), f"{row.ratio:.2f}x", *scores])
+    return lines
+
+
+def choose(rows: Sequence[Row], specs: Mapping[str, MixtureSpec]) -> str:
+    """The best-scoring mixture with at most half the parameters of the full one."""
+    small = [row for row in rows if row.ratio <= max(BUDGETS) and row.name in specs]
+    return max(small, key=lambda row: row.score).name
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
+
+
+def say_where_to_look(out: Path, chosen: str) -> None:
+    """Close with what was written, and with commands to go on with."""
+    mixture = out / "mixtures" / f"{chosen}.yaml"
+    print(
+        f"""
+Written
+  {out}/table.md       this table
+  {out}/mixtures/      a mixture file for each row
+  {out}/store/         spectra and factors of every expert
+  {out}/results/       cells/ one row per mixture and task, samples/ one row per document (Parquet)
+  {out}/model/         {chosen}, the best at half size or less, as a flex_more folder for transformers
+
+Next
+  flexmore eval {mixture} --tasks {SUITE} --split test
+  flexmore params {mixture}
+  flexmore export {mixture} --format flexolmo --out dense"""
+    )
