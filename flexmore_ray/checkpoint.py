@@ -420,7 +420,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        sha.update(memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy()))
+        sha.update(tensor.contiguous().view(torch.uint8).flatten().numpy().data)
     return sha.hexdigest()
 
 
@@ -510,7 +510,7 @@ def _name_shards(folder: Path, stem: str, shards: Sequence[Sequence[str]]) -> No
     if len(shards) == 1:
         (folder / f"{stem}-0.part").rename(folder / f"{stem}.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{stem}-{number}.part").rename(folder / file)

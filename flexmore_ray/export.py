@@ -105,7 +105,9 @@ def _export_config(parts: Parts, format: str, dtype: torch.dtype) -> dict[str, A
 
 def _model_plan(parts: Parts, pieces: Callable[[Parts, MatrixKey, int], TensorPlan], dtype: torch.dtype) -> TensorPlan:
     source, names = parts.source, list(parts.assignment.ranks)
-    plan = {name: functools.partial(source.shared, name) for name in shared_tensors(source.shape)}
+    plan: dict[str, Callable[[], Tensor]] = {
+        name: functools.partial(source.shared, name) for name in shared_tensors(source.shape)
+    }
     for layer in range(source.shape.num_layers):
         plan[router_tensor(layer)] = functools.partial(source.router, layer, names)
         for index, name in enumerate(names):
@@ -117,7 +119,7 @@ def _model_plan(parts: Parts, pieces: Callable[[Parts, MatrixKey, int], TensorPl
 def _flex_more_pieces(parts: Parts, key: MatrixKey, index: int) -> TensorPlan:
     name = functools.partial(expert_tensor, key.layer, index, key.projection)
     if parts.assignment.rank(key) == FULL:
-        return {name(): functools.partial(parts.piece, key)}
+        return {name(): functools.partial(parts.source.weight, key)}
     return {name("_a"): lambda: _factors(parts, key).lora_a, name("_b"): lambda: _factors(parts, key).lora_b}
 
 
@@ -136,6 +138,10 @@ def _factors(parts: Parts, key: MatrixKey) -> Factors:
     piece = parts.piece(key)
     assert isinstance(piece, Factors)
     return piece
+
+
+def _factor(parts: Parts, key: MatrixKey, which: str, dtype: torch.dtype) -> Tensor:
+    return getattr(_factors(parts, key), which).to(dtype)
 
 
 def _converted(make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
@@ -167,8 +173,8 @@ def _write_adapter(parts: Parts, name: str, folder: Path, dtype: torch.dtype) ->
         module = f"model.layers.{key.layer}.mlp.{key.projection}"
         ranks[module] = int(parts.assignment.rank(key))
         stem = f"base_model.model.{module}"
-        plan[f"{stem}.lora_A.weight"] = lambda key=key: _factors(parts, key).lora_a.to(dtype)
-        plan[f"{stem}.lora_B.weight"] = lambda key=key: _factors(parts, key).lora_b.to(dtype)
+        plan[f"{stem}.lora_A.weight"] = functools.partial(_factor, parts, key, "lora_a", dtype)
+        plan[f"{stem}.lora_B.weight"] = functools.partial(_factor, parts, key, "lora_b", dtype)
     write_tensors(folder, plan, stem="adapter_model")
     config = _adapter_config(parts, ranks)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ an expert may be dense or low-rank. Tensor names are those of the FlexMoRE autho
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from flexmore_ray.spec import PROJECTIONS
 
+Activation = Callable[[Tensor], Tensor]
 DENSE = 0
 """In ``expert_ranks``: the expert has its own full-size matrices."""
 
@@ -109,21 +111,28 @@ class FlexMoreExpert(nn.Module):
 
     def dense(self, projection: str) -> Tensor | None:
         """The dense matrix (out, in); None if this projection is low-rank."""
-        module = self._modules.get(projection)
-        return None if module is None else module.weight
+        return self._weight(projection) if projection in self._modules else None
 
     def pair(self, projection: str) -> tuple[Tensor, Tensor]:
         """The factors lora_a (R, in) and lora_b (out, R) of a low-rank projection."""
-        return self._modules[f"{projection}_a"].weight, self._modules[f"{projection}_b"].weight
+        return self._weight(f"{projection}_a"), self._weight(f"{projection}_b")
 
-    @torch.no_grad()
+    def _weight(self, name: str) -> Tensor:
+        weight = self._modules[name]._parameters["weight"]  # type: ignore[union-attr]
+        assert weight is not None
+        return weight
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no projection is low-rank, so that the expert does not need the public one."""
+        return all(projection in self._modules for projection in PROJECTIONS)
+
     def set_dense(self, projection: str, weight: Tensor) -> None:
         """Use `weight` (out, in) itself, not a copy, as the dense matrix of a projection."""
         for name in (f"{projection}_a", f"{projection}_b"):
             self._modules.pop(name, None)
         self._set(projection, weight)
 
-    @torch.no_grad()
     def set_pair(self, projection: str, lora_a: Tensor, lora_b: Tensor) -> None:
         """Use these factors themselves, not copies: lora_a (R, in), lora_b (out, R)."""
         self._modules.pop(projection, None)
@@ -131,20 +140,27 @@ class FlexMoreExpert(nn.Module):
         self._set(f"{projection}_b", lora_b)
 
     def _set(self, name: str, weight: Tensor) -> None:
+        # A 7B mixture has 1,152 factors and switches in milliseconds: no lookup here is idle.
         linear = self._modules.get(name)
+        held = None if linear is None else linear._parameters["weight"]
         if linear is None:
             linear = nn.Linear(1, 1, bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
             setattr(self, name, linear)
-        elif linear.weight.device == weight.device and linear.weight.dtype == weight.dtype:
-            linear.weight.data = weight
+        if held is not None and held.dtype == weight.dtype and held.device == weight.device:
+            held.data = weight
         else:
             linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.__dict__["out_features"], linear.__dict__["in_features"] = weight.shape
 
 
+Chosen = dict[int, tuple[Tensor | None, Tensor]]
+"""For each chosen expert its tokens (n,), None where all T chose it, and their router weights (n, 1)."""
+
+
 class FlexMoreExperts(nn.ModuleList):
     """All experts of one layer; index 0 is the public expert that low-rank ones correct."""
+
+    act: Activation
 
     def __init__(self, config: FlexMoreConfig, layer: int) -> None:
         super().__init__(FlexMoreExpert(config, layer, expert) for expert in range(config.num_experts))
@@ -162,62 +178,64 @@ class FlexMoreExperts(nn.ModuleList):
         Returns:
             (T, H).
         """
-        groups = _group_by_expert(top_k_index, top_k_weights, len(self))
-        sharing = [e for e in groups if e == 0 or any(self[e].dense(p) is None for p in PROJECTIONS)]
+        experts = cast("list[FlexMoreExpert]", list(self))
+        chosen = _group_by_expert(top_k_index, top_k_weights, len(experts))
+        sharing = {e: group for e, group in chosen.items() if e == 0 or not experts[e].is_dense}
         y = torch.zeros_like(x)
-        for e in groups:
+        for e, (rows, weights) in chosen.items():
             if e not in sharing:
-                rows, weights = groups[e]
-                y = _add_rows(y, rows, self._dense_forward(e, _rows(x, rows), weights))
+                y = _add_rows(y, rows, _dense_forward(experts[e], _rows(x, rows), weights, self.act))
         if not sharing:
             return y
         # Tokens that chose only full-size experts do not need the public expert.
-        base_rows = None if len(sharing) == len(groups) else _union(groups, sharing, len(x))
+        base_rows = None if len(sharing) == len(chosen) else _union(sharing, len(x))
         if base_rows is None:
-            return y + self._shared_forward(x, {e: groups[e] for e in sharing})
+            return y + _shared_forward(experts, x, sharing, self.act)
         place = torch.empty(len(x), dtype=torch.long, device=x.device)
         place[base_rows] = torch.arange(len(base_rows), device=x.device)
-        local = {e: (place if groups[e][0] is None else place[groups[e][0]], groups[e][1]) for e in sharing}
-        return y.index_add(0, base_rows, self._shared_forward(x[base_rows], local))
-
-    def _shared_forward(self, x: Tensor, groups: dict[int, tuple[Tensor | None, Tensor]]) -> Tensor:
-        """Experts that use the public expert: its dense products once, corrections per expert."""
-        base_gate = F.linear(x, self[0].gate_proj.weight)
-        base_up = F.linear(x, self[0].up_proj.weight)
-        inner = None
-        low = None
-        for e, (rows, weights) in groups.items():
-            xe = _rows(x, rows)
-            gate = self._project(e, "gate_proj", xe, _rows(base_gate, rows))
-            up = self._project(e, "up_proj", xe, _rows(base_up, rows))
-            hidden = self.act(gate) * (up * weights)
-            down = self[e].dense("down_proj")
-            if e == 0 or down is None:
-                inner = _accumulate(inner, base_gate, rows, hidden)
-            if e != 0:
-                low = _accumulate(low, x, rows, _product(hidden, down, self[e]))
-        if inner is None:
-            return low
-        y = F.linear(inner, self[0].down_proj.weight)
-        return y if low is None else y + low
-
-    def _project(self, e: int, projection: str, x: Tensor, base: Tensor) -> Tensor:
-        """An expert's gate or up projection of x (T, H), from the public expert's (T, I)."""
-        if e == 0:
-            return base
-        dense = self[e].dense(projection)
-        if dense is not None:
-            return F.linear(x, dense)
-        lora_a, lora_b = self[e].pair(projection)
-        return torch.addmm(base, F.linear(x, lora_a), lora_b.T)
-
-    def _dense_forward(self, e: int, x: Tensor, weights: Tensor) -> Tensor:
-        expert = self[e]
-        hidden = self.act(F.linear(x, expert.gate_proj.weight)) * F.linear(x, expert.up_proj.weight)
-        return F.linear(hidden, expert.down_proj.weight) * weights
+        local: Chosen = {e: (None if rows is None else place[rows], w) for e, (rows, w) in sharing.items()}
+        return y.index_add(0, base_rows, _shared_forward(experts, x[base_rows], local, self.act))
 
 
-def _product(hidden: Tensor, dense: Tensor | None, expert: FlexMoreExpert) -> Tensor:
+def _dense_forward(expert: FlexMoreExpert, x: Tensor, weights: Tensor, act: Activation) -> Tensor:
+    gate, up, down = (_dense(expert, projection) for projection in PROJECTIONS)
+    return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down) * weights
+
+
+def _shared_forward(experts: list[FlexMoreExpert], x: Tensor, chosen: Chosen, act: Activation) -> Tensor:
+    """Experts that use the public expert: its dense products once, corrections per expert."""
+    gate, up, down = (_dense(experts[0], projection) for projection in PROJECTIONS)
+    base_gate, base_up = F.linear(x, gate), F.linear(x, up)
+    inner = None  # (T, I): sum_e p_e h_e of the experts that use the public down projection
+    own = None  # (T, H): what experts add in the down projection by themselves
+    for e, (rows, weights) in chosen.items():
+        expert, xe = experts[e], _rows(x, rows)
+        hidden = _project(expert, "gate_proj", xe, _rows(base_gate, rows), is_public=e == 0)
+        hidden = act(hidden) * (_project(expert, "up_proj", xe, _rows(base_up, rows), is_public=e == 0) * weights)
+        own_down = expert.dense("down_proj")
+        if e == 0 or own_down is None:
+            inner = _accumulate(inner, base_gate, rows, hidden)
+        if e != 0:
+            own = _accumulate(own, x, rows, _own_product(expert, hidden, own_down))
+    if inner is None:
+        assert own is not None
+        return own
+    y = F.linear(inner, down)
+    return y if own is None else y + own
+
+
+def _project(expert: FlexMoreExpert, projection: str, x: Tensor, base: Tensor, *, is_public: bool) -> Tensor:
+    """An expert's gate or up projection of x (n, H), given the public expert's (n, I)."""
+    if is_public:
+        return base
+    dense = expert.dense(projection)
+    if dense is not None:
+        return F.linear(x, dense)
+    lora_a, lora_b = expert.pair(projection)
+    return torch.addmm(base, F.linear(x, lora_a), lora_b.T)
+
+
+def _own_product(expert: FlexMoreExpert, hidden: Tensor, dense: Tensor | None) -> Tensor:
     """An expert's own part of the down projection: its dense matrix or its correction."""
     if dense is not None:
         return F.linear(hidden, dense)
@@ -225,10 +243,13 @@ def _product(hidden: Tensor, dense: Tensor | None, expert: FlexMoreExpert) -> Te
     return F.linear(F.linear(hidden, lora_a), lora_b)
 
 
-def _group_by_expert(
-    top_k_index: Tensor, top_k_weights: Tensor, num_experts: int
-) -> dict[int, tuple[Tensor | None, Tensor]]:
-    """For every chosen expert its tokens (None where all chose it) and their weights (n, 1)."""
+def _dense(expert: FlexMoreExpert, projection: str) -> Tensor:
+    weight = expert.dense(projection)
+    assert weight is not None
+    return weight
+
+
+def _group_by_expert(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> Chosen:
     num_tokens, k = top_k_index.shape
     chosen, order = top_k_index.flatten().sort(stable=True)
     counts = chosen.bincount(minlength=num_experts).tolist()
@@ -237,12 +258,12 @@ def _group_by_expert(
     return {e: (None if count == num_tokens else rows[e], weights[e]) for e, count in enumerate(counts) if count}
 
 
-def _union(groups: dict[int, tuple[Tensor | None, Tensor]], experts: list[int], num_tokens: int) -> Tensor | None:
+def _union(chosen: Chosen, num_tokens: int) -> Tensor | None:
     """Tokens that chose any of these experts; None where that is every token."""
-    rows = [groups[e][0] for e in experts]
-    if any(r is None for r in rows):
+    rows = [rows for rows, _ in chosen.values() if rows is not None]
+    if len(rows) < len(chosen):
         return None
-    union = torch.cat([r for r in rows if r is not None]).unique()
+    union = torch.cat(rows).unique()
     return None if len(union) == num_tokens else union
 
 
@@ -266,7 +287,7 @@ class FlexMoreSparseMoeBlock(FlexOlmoSparseMoeBlock):
     def __init__(self, config: FlexMoreConfig, layer: int) -> None:
         nn.Module.__init__(self)
         self.gate = FlexOlmoTopKRouter(config)
-        self.experts = FlexMoreExperts(config, layer)
+        self.experts = FlexMoreExperts(config, layer)  # type: ignore[assignment]
 
 
 class FlexMoreDecoderLayer(FlexOlmoDecoderLayer):

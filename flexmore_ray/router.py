@@ -26,7 +26,7 @@ their length here, because it says how well a domain can be told apart.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -116,7 +116,7 @@ def gather_moments(model: nn.Module, token_batches: Iterable[Any]) -> RouterMome
     totals: list[Tensor | int] = [0] * len(blocks)
     count = 0
 
-    def watch(index: int):
+    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
             x = x if mask is None else x[mask.reshape(-1).to(x.device)]

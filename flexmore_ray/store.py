@@ -7,7 +7,8 @@
       manifest.json                    which file holds which matrix, with checksums; written last
 
 STEM is a hash of the content of both matrices, of the stored dtype and of the version of the
-algorithm, so a file is never taken for that of other weights, whatever the tensors are called.
+algorithm, so a file is never taken for that of other weights, whatever the tensors are called. One
+folder holds the factors of one set of weights: a source with others is refused.
 Every file appears under its name only when it is whole (temporary name, fsync, rename), so a run
 that was killed continues with the first matrix whose file is missing, and several processes may
 write into one folder. Both factors are rank-major: a lower rank is a prefix of each.
@@ -49,7 +50,13 @@ ALGORITHM_VERSION = 1
 FORMAT = "flexmore-store-1"
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_TAGS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
+_TAGS = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 _ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 _MANIFEST = "manifest.json"
 
@@ -432,7 +439,7 @@ class StoreWriter:
         a, bt = (tensor.to("cpu", dtype).contiguous() for tensor in (result.factors.a, result.factors.bt))
         if not (bool(a.isfinite().all()) and bool(bt.isfinite().all())):
             raise StoreError(f"{key}: its factors overflow {self.dtype}; store them with --dtype float32")
-        about = {
+        about: dict[str, Any] = {
             "rank": result.factors.rank,
             "expert_digest": expert_digest,
             "public_digest": public_digest,
@@ -459,7 +466,8 @@ class StoreWriter:
             before = self._read_committed()
             old = {entry.key: entry for entry in _entries(before)} if before else {}
             check_digests(self.folder, old.values(), source)
-            new = old | {e.key: e for e in entries if e.key not in old or not self._serves(old[e.key], e)}
+            current = before is not None and before["algorithm_version"] == ALGORITHM_VERSION
+            new = old | {e.key: e for e in entries if not (current and e.key in old and self._serves(old[e.key], e))}
             manifest = self._manifest(new, before, source)
             if before is None or _content(manifest) != _content(before):
                 self._write_manifest(manifest, new)
@@ -467,10 +475,9 @@ class StoreWriter:
         return FactorStore(self.folder)
 
     def _serves(self, old: Entry, new: Entry) -> bool:
-        """Whether an entry of the present manifest makes a new one of the same matrix unnecessary."""
+        """Whether what the manifest says of a matrix may stay, though `new` is there as well."""
         path = self.folder / old.file
-        same_file = old.file == new.file
-        return old == new or (not same_file and old.rank >= new.rank and path.exists() and path.stat().st_size == old.size)
+        return old.file != new.file and old.rank >= new.rank and path.exists() and path.stat().st_size == old.size
 
     def _manifest(
         self, entries: Mapping[MatrixKey, Entry], before: dict[str, Any] | None, source: WeightSource
@@ -479,7 +486,9 @@ class StoreWriter:
         if before and not set(before["experts"]) <= set(experts):
             experts = list(dict.fromkeys([*before["experts"], *experts]))
             sources = list(dict.fromkeys([*before["sources"], *sources]))
-        order = sorted(entries, key=lambda key: (experts.index(key.expert), key.layer, PROJECTIONS.index(key.projection)))
+        order = sorted(
+            entries, key=lambda key: (experts.index(key.expert), key.layer, PROJECTIONS.index(key.projection))
+        )
         return {
             "format": FORMAT,
             "algorithm_version": ALGORITHM_VERSION,
@@ -659,7 +668,11 @@ def _check_file(folder: Path, name: str, key: MatrixKey) -> Entry | None:
             tensors = {part: file.get_tensor(part) for part in ("a", "bt", "singular_values", "row_checksums")}
         _check_rows(path, tensors["a"], tensors["bt"], tensors["row_checksums"])
         about = json.loads(metadata["entry"])
-        small = [metadata["entry"].encode(), _bytes(tensors["singular_values"]), _bytes(tensors["row_checksums"])]
+        small = [
+            metadata["entry"].encode(),
+            _bytes(tensors["singular_values"]),
+            _bytes(tensors["row_checksums"]),
+        ]
         if json.loads(metadata["checksums"]) != [zlib.crc32(part) for part in small]:
             return None
         return Entry(**key._asdict(), file=name, size=path.stat().st_size, sha256=_file_sha256(path), **about)
@@ -751,7 +764,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{path}: cannot write the store: {_one_line(error)}; make room or name another folder") from None
+        raise StoreError(
+            f"{path}: cannot write the store: {_one_line(error)}; make room or name another folder"
+        ) from None
 
 
 @contextlib.contextmanager
