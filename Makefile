@@ -28,7 +28,8 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 zoo: .venv/ready
-	$(BIN)/python -m flexmore_ray.zoo.train --out flexmore_ray/zoo/nano
+	$(BIN)/python -m flexmore_ray.zoo.train --out build/zoo
+	cp build/zoo/nano/* flexmore_ray/zoo/nano/
 
 # PyTorch goes first and alone, so that nothing else brings a build for other hardware.
 .venv/ready: pyproject.toml constraints.txt

@@ -7,17 +7,21 @@ traceback. With `--json` the last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from flexmore_ray.errors import FlexmoreError, UsageError
+from flexmore_ray.tables import columns
 
 if TYPE_CHECKING:
+    from flexmore_ray.source import Source
+    from flexmore_ray.spec import Assignment, ExpertRank, MixtureSpec, ModelShape
     from flexmore_ray.store import FactorStore
 
 Item = TypeVar("Item")
@@ -114,51 +118,64 @@ def run_inspect(args: argparse.Namespace) -> Result:
 
 def run_params(args: argparse.Namespace) -> Result:
     """Count a mixture's parameters from its configuration alone."""
-    from flexmore_ray.budget import SHAPE_EXPERTS, SHAPES, break_even_rank, count_parameters, format_count
+    from flexmore_ray.budget import count_parameters, format_count
 
-    ranks = _rank_options(args)
     if (args.shape is None) == (not args.mixture):
         raise UsageError("params: give a MIXTURE, SOURCEs, or --shape, and only one of them")
-    if args.shape is not None:
-        shape, experts = SHAPES[args.shape], tuple(args.experts or SHAPE_EXPERTS[args.shape])
-        spec, born, width = _spec_of(ranks, experts, args.active), {}, 2
-        assignment = spec.assignment(experts, shape, default_active=len(experts))
-    else:
-        parts = _open_for_counting(args)
-        spec = parts.spec.with_ranks(_for_all(ranks, parts.source.experts))
-        if args.active is not None:
-            import dataclasses
-
-            spec = dataclasses.replace(spec, active=args.active)
-        parts = parts.with_spec(spec)
-        shape, experts, assignment = parts.source.shape, parts.source.experts, parts.assignment
-        born, width = parts.source.born_ranks, parts.source.dtype.itemsize
+    shape, experts, assignment, width = _shape_to_count(args) if args.shape else _files_to_count(args)
     count = count_parameters(shape, experts, assignment)
-    for name, rank in spec.ranks.items():
-        if isinstance(rank, int) and rank >= shape.full_rank and not born:
-            _note(f"ranks.{name}: {rank} is at or above min(in, out) = {shape.full_rank}, so it is the full expert")
-        elif isinstance(rank, int) and rank > break_even_rank(shape):
-            _note(f"ranks.{name}: above {break_even_rank(shape)} a pair has more parameters than the full expert")
-    result = {
-        "total": count.total,
-        "active": count.active,
-        "bytes": count.total * width,
-        "full_total": count.full_total,
-        "ratio": count.ratio,
-        "experts": {
-            name: {"rank": assignment.summary(name), "params": params} for name, params in count.experts.items()
-        },
-    }
-    _print_table(
-        ["expert", "rank", "parameters"],
-        [[name, str(assignment.summary(name)), f"{params:,}"] for name, params in count.experts.items()],
-    )
+    rows = [[name, str(assignment.summary(name)), f"{params:,}"] for name, params in count.experts.items()]
+    print(columns([["expert", "rank", "parameters"], *rows]))
     print(
         f"\ntotal {count.total:,} ({format_count(count.total)}, {count.ratio:.3f} of the full mixture's "
         f"{format_count(count.full_total)}), at most {format_count(count.active)} active per token "
         f"with {assignment.active} experts, {format_count(count.total * width)} bytes at {width} each"
     )
-    return result
+    by_expert = {name: {"rank": assignment.summary(name), "params": n} for name, n in count.experts.items()}
+    totals = {"total": count.total, "active": count.active, "bytes": count.total * width}
+    return totals | {"full_total": count.full_total, "ratio": count.ratio, "experts": by_expert}
+
+
+Counted = tuple["ModelShape", tuple[str, ...], "Assignment", int]
+"""What `params` counts: shape, all expert names, ranks, and bytes of one parameter."""
+
+
+def _shape_to_count(args: argparse.Namespace) -> Counted:
+    from flexmore_ray.budget import SHAPE_EXPERTS, SHAPES
+    from flexmore_ray.spec import MixtureSpec, check_names
+
+    shape, experts = SHAPES[args.shape], SHAPE_EXPERTS[args.shape]
+    if args.experts:
+        experts = check_names(args.experts, where="--experts")
+    spec = MixtureSpec(ranks=_ranks_asked(args, experts), active=args.active)
+    _say_what_ranks_mean(spec, shape)
+    return shape, experts, spec.assignment(experts, shape, default_active=len(experts)), 2
+
+
+def _files_to_count(args: argparse.Namespace) -> Counted:
+    from flexmore_ray.mixture import open_mixture
+    from flexmore_ray.spec import MixtureSpec
+
+    single = len(args.mixture) == 1 and "=" not in args.mixture[0]
+    parts = open_mixture(args.mixture[0] if single else MixtureSpec(source=tuple(args.mixture)), args.experts)
+    source = parts.source
+    spec = parts.spec.with_ranks(_ranks_asked(args, source.experts))
+    if args.active is not None:
+        spec = dataclasses.replace(spec, active=args.active)
+    if not source.born_ranks:
+        _say_what_ranks_mean(spec, source.shape)
+    return source.shape, source.experts, parts.with_spec(spec).assignment, source.dtype.itemsize
+
+
+def _say_what_ranks_mean(spec: MixtureSpec, shape: ModelShape) -> None:
+    """Note ranks that are the full expert, or cost more than it."""
+    from flexmore_ray.budget import break_even_rank
+
+    for name, rank in spec.ranks.items():
+        if isinstance(rank, int) and rank >= shape.full_rank:
+            _note(f"ranks.{name}: {rank} is at or above min(in, out) = {shape.full_rank}, so it is the full expert")
+        elif isinstance(rank, int) and rank > break_even_rank(shape):
+            _note(f"ranks.{name}: above {break_even_rank(shape)} a pair has more parameters than the full expert")
 
 
 def run_merge(args: argparse.Namespace) -> Result:
@@ -196,18 +213,18 @@ def run_decompose(args: argparse.Namespace) -> Result:
         store = build_store(
             source, Path(args.store), max_rank=args.max_rank, dtype=args.dtype, device=args.device, progress=advance
         )
-    return _describe_store(store, source.experts[1:])
+    return _describe_store(store, source)
 
 
-def _describe_store(store: FactorStore, experts: Sequence[str]) -> Result:
+def _describe_store(store: FactorStore, source: Source) -> Result:
     """Print what a store holds: per expert the ranks, effective ranks, energies and methods."""
     from flexmore_ray.budget import entropy_rank
     from flexmore_ray.spectra import energy_share
 
     rows: list[list[str]] = []
     result: dict[str, Any] = {}
-    for name in experts:
-        keys = [key for key in store.keys() if key.expert == name]
+    for name in source.experts[1:]:
+        keys = source.shape.keys(name)
         spectra = [store.spectrum(key) for key in keys]
         held = min(store.max_rank(key) for key in keys)
         half = [
@@ -217,8 +234,8 @@ def _describe_store(store: FactorStore, experts: Sequence[str]) -> Result:
         result[name] = {"matrices": len(keys), "max_rank": held, "mean_effective_rank": sum(effective) / len(keys)}
         mean = f"{result[name]['mean_effective_rank']:.1f}"
         rows.append([name, str(len(keys)), str(held), mean, f"{100 * sum(half) / len(half):.1f} %"])
-    _print_table(["expert", "matrices", "rank held", "effective rank", "energy at half of it"], rows)
-    print(f"\n{store.folder}: {store.decomposed} matrices decomposed now, {len(store.keys())} in all, complete")
+    print(columns([["expert", "matrices", "rank held", "effective rank", "energy at half of it"], *rows]))
+    print(f"\n{store.folder}: {store.decomposed} matrices decomposed now, {len(store.keys())} held, complete")
     return {"store": str(store.folder), "decomposed": store.decomposed, "experts": result}
 
 
@@ -235,7 +252,8 @@ def run_eval(args: argparse.Namespace) -> Result:
     count = mixture.count()
     print(score_table(cells, {group.name: group.kind for group in tasks.suite.groups}))
     print(
-        f"\n{count.total:,} parameters ({count.ratio:.3f} of full), {mixture.assignment.active} active; samples in {results}/samples"
+        f"\n{count.total:,} parameters ({count.ratio:.3f} of full), {mixture.assignment.active} active; "
+        f"samples in {results}/samples"
     )
     identity = {"mixture_id": mixture.spec.mixture_id, "parameters": count.total, "split": args.split}
     return summarise(cells) | identity | {"results": str(results)}
@@ -322,38 +340,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rank_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Ranks by expert name from --rank and --all-ranks; the latter under the key ``*``."""
+def _ranks_asked(args: argparse.Namespace, experts: Sequence[str]) -> dict[str, ExpertRank]:
+    """Ranks by expert name from --all-ranks and --rank, the latter going before."""
     from flexmore_ray.spec import parse_rank
 
-    ranks = {} if args.all_ranks is None else {"*": parse_rank(args.all_ranks, where="--all-ranks")}
+    ranks: dict[str, ExpertRank] = {}
+    if args.all_ranks is not None:
+        ranks = dict.fromkeys(experts[1:], parse_rank(args.all_ranks, where="--all-ranks"))
     for text in args.rank or []:
         name, equals, rank = text.partition("=")
         if not equals:
             raise UsageError(f"--rank: NAME=R is needed, got {text!r}")
         ranks[name] = parse_rank(rank, where=f"--rank {name}")
     return ranks
-
-
-def _for_all(ranks: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
-    every = dict.fromkeys(experts[1:], ranks["*"]) if "*" in ranks else {}
-    return every | {name: rank for name, rank in ranks.items() if name != "*"}
-
-
-def _spec_of(ranks: Mapping[str, Any], experts: Sequence[str], active: int | None) -> Any:
-    from flexmore_ray.spec import MixtureSpec, check_names
-
-    check_names(experts, where="--experts")
-    return MixtureSpec(ranks=_for_all(ranks, experts), active=active)
-
-
-def _open_for_counting(args: argparse.Namespace) -> Any:
-    from flexmore_ray.mixture import open_mixture
-    from flexmore_ray.spec import MixtureSpec
-
-    if len(args.mixture) == 1 and "=" not in args.mixture[0]:
-        return open_mixture(args.mixture[0], args.experts)
-    return open_mixture(MixtureSpec(source=tuple(args.mixture)), args.experts)
 
 
 def _named_files(items: Sequence[str]) -> dict[str, Path]:
@@ -368,14 +367,6 @@ def _named_files(items: Sequence[str]) -> dict[str, Path]:
 
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from flexmore_ray.source import Source, open_source
 from flexmore_ray.spec import DROP, ExpertRank, MixtureSpec
 from flexmore_ray.spectra import energy_share
 from flexmore_ray.store import FactorStore, build_store
+from flexmore_ray.tables import columns, markdown
 
 SOURCE = "zoo://nano"
 SUITE = "nano"
@@ -47,7 +48,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     print(f"{SOURCE}: {len(source.experts)} experts ({', '.join(source.experts)}), {source.shape.num_layers} layers")
     store = decompose(source, out / "store")
     print(f"\nShare of each delta's energy that a rank keeps (mean over matrices; full rank {source.shape.full_rank})")
-    print_columns(energy_table(source, store))
+    print(columns(energy_table(source, store)))
     specs = mixtures(source, store, out / "store")
     (out / "mixtures").mkdir(parents=True, exist_ok=True)
     for name, spec in specs.items():
@@ -55,7 +56,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     rows = score(specs, out / "results")
     table = score_columns(rows)
     print(f"\nScores in percent on the validation split of the suite {SUITE}")
-    print_columns(table)
+    print(columns(table))
     (out / "table.md").write_text(markdown(table), encoding="utf-8")
     chosen = choose(rows, specs)
     model = out / "model"
@@ -139,19 +140,6 @@ def choose(rows: Sequence[Row], specs: Mapping[str, MixtureSpec]) -> str:
     """The best-scoring mixture with at most half the parameters of the full one."""
     small = [row for row in rows if row.ratio <= max(BUDGETS) and row.name in specs]
     return max(small, key=lambda row: row.score).name
-
-
-def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]))
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The same table in Markdown."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
 
 
 def say_where_to_look(out: Path, chosen: str) -> None:

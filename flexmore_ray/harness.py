@@ -50,7 +50,7 @@ Tokens = tuple[int, ...]
 Scored = tuple[float, bool]
 """Log-likelihood of a continuation (natural logarithm) and whether greedy decoding would produce it."""
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Default number of tokens of a batch, by type of device."""
 DEFAULT_MAX_NEW_TOKENS = 256
 """Length of a generation whose task sets none; lm-eval's value."""
@@ -310,7 +310,7 @@ class MixtureLM(LM):
             model: A transformers causal language model; it is set to evaluation mode.
             tokenizer: Its tokenizer; one without a padding token is given one, by lm-eval's rule.
             batch_tokens: Tokens of one forward pass, padding included, >= 1; bounds the memory taken.
-                None: 4096 on a CPU, 32768 on a GPU.
+                None: 2048 on a CPU, 32768 on a GPU.
             max_length: Longest input in tokens, >= 2; longer ones lose tokens on the left. None: what the
                 model's configuration says.
 
@@ -320,11 +320,11 @@ class MixtureLM(LM):
         super().__init__()
         self.model = model.eval()
         self.tokenizer = configure_pad_token(tokenizer, model_config=model.config)
-        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-        self.max_length = max_length or resolve_max_length(model.config, tokenizer)
+        default = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+        self.batch_tokens = default if batch_tokens is None else batch_tokens
+        self.max_length = resolve_max_length(model.config, tokenizer) if max_length is None else max_length
         if self.batch_tokens < 1 or self.max_length < 2:
-            raise ValueError(f"batch_tokens >= 1 and max_length >= 2 needed, got {batch_tokens}, {max_length}")
-        self._device = model.device
+            raise ValueError(f"needs batch_tokens >= 1 and max_length >= 2, got {batch_tokens} and {max_length}")
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._encoded: OrderedDict[Any, list[Tokens]] = OrderedDict()
 

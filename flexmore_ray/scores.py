@@ -375,7 +375,8 @@ def _folders_needed(suite: Suite) -> tuple[Path, ...]:
         known = {**lm_eval_tasks(), **known}
     unknown = [name for name in suite.tasks if name not in known]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [*suite_names(), *known], n=3)
+        ours = [name for suite in suite_names() for name in (suite, *load_suite(suite).tasks)]
+        close = difflib.get_close_matches(unknown[0], dict.fromkeys([*ours, *known]), n=3)
         hint = f"close matches: {', '.join(close)}" if close else f"suites: {', '.join(suite_names())}"
         raise UsageError(f"unknown task or suite {', '.join(map(repr, unknown))}; {hint}")
     return tuple(dict.fromkeys(known[name] for name in suite.tasks))
@@ -413,13 +414,15 @@ def _load_task(manager: TaskManager, name: str) -> Task:
 
 
 def _explain(name: str, where: str | None, error: Exception) -> str:
-    data = f"{where}" + ("" if where in _LOCAL_DATA or not where else " of the Hugging Face hub")
+    data = "its data" if where is None else f"its data {where}"
+    if where not in (None, *_LOCAL_DATA):
+        data += " of the Hugging Face hub"
     reason = f"{type(error).__name__}: {_line(error)}"
     if "scripts are no longer supported" in str(error):
-        return f"task {name}: its data {data} needs a loading script, which datasets >= 4 refuses; leave it out"
+        return f"task {name}: {data} needs a loading script, which datasets >= 4 refuses; leave it out"
     if isinstance(error, OSError) or "offline" in str(error).lower():
         way_out = "load it once with a network, or copy it into the cache that HF_HOME names"
-        return f"task {name}: its data {data} cannot be had ({reason}); {way_out}"
+        return f"task {name}: {data} cannot be had ({reason}); {way_out}"
     if isinstance(error, ImportError):
         return f"task {name} needs a package that is not installed ({reason})"
     return f"task {name} cannot be loaded ({reason})"
@@ -436,7 +439,7 @@ def _go_offline_if_unreachable() -> None:
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT)
     except Exception as error:  # whatever the HTTP client raises: there is no connection
-        logger.warning("the Hugging Face hub does not answer (%s): using cached data only", _line(error))
+        logger.info("the Hugging Face hub does not answer (%s): using cached data only", _line(error))
         huggingface_hub.constants.HF_HUB_OFFLINE = True
         datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 

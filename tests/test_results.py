@@ -43,7 +43,9 @@ def either(doc):
 
 SPLITS = "training_split: train\nvalidation_split: validation\ntest_split: test\n"
 COMMON = "dataset_path: local\ncustom_dataset: !function data.load\nmetadata: {version: 3}\n"
-CHOICES = 'output_type: multiple_choice\ndoc_to_text: "Q: {{question}}\\\\nA:"\ndoc_to_choice: choices\ndoc_to_target: label\n'
+CHOICES = (
+    'output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: label\ndoc_to_text: "Q: {{question}}\\nA:"\n'
+)
 METRIC = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
 TASKS = {
     "sums": SPLITS + CHOICES + "num_fewshot: 2\nfewshot_split: train\nmetric_list:\n"

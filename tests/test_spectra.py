@@ -276,7 +276,7 @@ def test_energies() -> None:
 
 
 _MEMORY = """
-import importlib.util, os, resource, sys, torch
+import importlib.util, os, sys, torch
 spec = importlib.util.spec_from_file_location("spectra", sys.argv[1])
 sys.modules["spectra"] = spectra = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(spectra)
@@ -286,7 +286,7 @@ for rank in (32, None):
     spectra.decompose(d[:300, :400].contiguous(), rank)
     before = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     method = spectra.decompose(d, rank).method
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(method, (peak - before) / (d.numel() * 4))
 """
 

@@ -1,6 +1,6 @@
 """Run all benchmarks, print their ratios and write everything as JSON.
 
-    python -m tests.benchmarks [--quick] [--out bench.json]
+python -m tests.benchmarks [--quick] [--out bench.json]
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ def make_delta(spectrum: str, shape: tuple[int, int]) -> Tensor:
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """Measure every spectrum and rank; `quick` takes a small matrix and few repetitions."""
+    """Measure every spectrum and rank and print a table; `quick` takes a small matrix and few repeats."""
     shape, repeats = (QUICK_SHAPE, 3) if quick else (SHAPE, 5)
     ranks = (None, 64, 16) if quick else (None, 256, 64)
     rows = [row for spectrum in ("power", "gaussian") for row in _compare(spectrum, shape, ranks, repeats)]
-    return {
+    result = {
         "benchmark": "decompose",
         "shape": shape,
         "threads": torch.get_num_threads(),
@@ -55,6 +55,8 @@ def run(quick: bool = False) -> dict[str, Any]:
         "rows": rows,
         "ratio_full_rank": min(row["ratio"] for row in rows if row["max_rank"] is None),
     }
+    print_table(result)
+    return result
 
 
 def _compare(
@@ -103,13 +105,8 @@ def _seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def _memory_multiple(spectrum: str, shape: tuple[int, int], rank: int | None) -> float:
     """Peak memory beside the delta, result included, in multiples of the delta, in a fresh process."""
-    command = [
-        sys.executable,
-        "-m",
-        __spec__.name if __spec__ else __name__,
-        "--memory",
-        json.dumps([spectrum, shape, rank]),
-    ]
+    arguments = json.dumps([spectrum, shape, rank])
+    command = [sys.executable, "-m", "tests.benchmarks.bench_decompose", "--memory", arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -152,9 +149,7 @@ def main() -> None:
         spectrum, shape, rank = json.loads(args.memory)
         print(_measure_memory(spectrum, tuple(shape), rank))
         return
-    result = run(quick=args.quick)
-    print_table(result)
-    print(json.dumps(result))
+    print(json.dumps(run(quick=args.quick)))
 
 
 if __name__ == "__main__":
