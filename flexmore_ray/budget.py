@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from flexmore_ray.errors import UsageError
 from flexmore_ray.spec import (
-    DROP,
     FULL,
     PROJECTIONS,
     Assignment,
@@ -49,7 +48,9 @@ SHAPES = {
     )
 }
 """Released model shapes by name (allenai/FlexOlmo-7x7B-1T)."""
-SHAPE_EXPERTS = {"flexolmo-7x7b": ("public", "math", "news", "academic", "code", "creative", "reddit")}
+SHAPE_EXPERTS: dict[str, tuple[str, ...]] = {
+    "flexolmo-7x7b": ("public", "math", "news", "academic", "code", "creative", "reddit")
+}
 """Expert names of the released models, in the order of their checkpoints."""
 
 
@@ -336,25 +337,3 @@ def _collect(
     }
     assignment = Assignment(ranks=ranks, active=1)
     return {expert: assignment.compact(expert) for expert in ranks}
-
-
-__all__ = [
-    "DROP",
-    "SHAPES",
-    "SHAPE_EXPERTS",
-    "Granularity",
-    "ParameterCount",
-    "allocate_energy",
-    "allocate_entropy",
-    "allocate_optimal",
-    "allocate_uniform",
-    "break_even_rank",
-    "count_parameters",
-    "energy_rank",
-    "entropy_rank",
-    "expert_params",
-    "format_count",
-    "matrix_params",
-    "parse_budget",
-    "trunk_params",
-]

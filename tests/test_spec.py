@@ -75,7 +75,7 @@ def test_a_bad_mixture_file_is_refused_in_one_line(tmp_path, text, message):
         (MixtureSpec(ranks={"public": 3}), "the public expert is the base"),
         (MixtureSpec(ranks={"public": DROP}), "the public expert is the base"),
         (MixtureSpec(ranks={"news": DROP}, active=3), "3 experts per token asked, but the mixture keeps only 2"),
-        (MixtureSpec(ranks={"math": dict.fromkeys(PROJECTIONS, [1, 2, 3])}), r"one rank per layer \(2\), got 3"),
+        (MixtureSpec(ranks={"math": {p: [1, 2, 3] for p in PROJECTIONS}}), r"one rank per layer \(2\), got 3"),
     ],
 )
 def test_an_assignment_that_cannot_be_is_refused(spec, message):
