@@ -190,9 +190,8 @@ def run_merge(args: argparse.Namespace) -> Result:
         Path(args.out),
         names=args.experts,
         data=data if args.router == "ridge" else None,
-        ridge=args.ridge,
-        temperature=args.temperature,
         active=args.active,
+        **{k: v for k in ("ridge", "temperature") if (v := getattr(args, k)) is not None},
     )
     print(f"{args.out}: {len(source.experts)} experts ({', '.join(source.experts)}), router rows: {args.router}")
     return {"out": str(args.out), "experts": list(source.experts), "router": args.router}
@@ -306,8 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("source", nargs="+", metavar="name=FOLDER")
     merge.add_argument("--router", choices=["keep", "ridge"], default="keep", help="rows as trained, or fitted")
     merge.add_argument("--data", nargs="+", action="extend", metavar="name=FILE", help="text of each owner, public too")
-    merge.add_argument("--ridge", type=float, default=1e-2, help="regularisation of the fit (default: 0.01)")
-    merge.add_argument("--temperature", type=float, default=0.2, help="rows are divided by it (default: 0.2)")
+    merge.add_argument("--ridge", type=float, metavar="X", help="regularisation of the fit (default: the router's own)")
+    merge.add_argument("--temperature", type=float, metavar="X", help="rows are divided by it (default: likewise)")
     merge.add_argument("--active", type=int, metavar="K", help="experts per token to write into the config")
     merge.add_argument("--out", required=True, metavar="DIR")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexmore_ray.checkpoint import copy_tokenizer, new_folder, write_config, write_tensors
 from flexmore_ray.errors import UsageError
 from flexmore_ray.mixture import load_mixture
-from flexmore_ray.router import batch_texts, fit_rows, gather_moments, read_texts
+from flexmore_ray.router import RIDGE, TEMPERATURE, batch_texts, fit_rows, gather_moments, read_texts
 from flexmore_ray.source import Source, flexolmo_plan, open_source
 from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, suggest
 
@@ -25,8 +25,8 @@ def merge(
     *,
     names: Sequence[str] | None = None,
     data: Mapping[str, Path] | None = None,
-    ridge: float = 1e-2,
-    temperature: float = 0.2,
+    ridge: float = RIDGE,
+    temperature: float = TEMPERATURE,
     active: int | None = None,
 ) -> Source:
     """Write one FlexOlmo checkpoint that holds every expert of the sources.
