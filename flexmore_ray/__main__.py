@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ Result = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after an interrupt
     try:
         _quiet_libraries()
         result = args.run(args)
@@ -145,6 +147,8 @@ def _shape_to_count(args: argparse.Namespace) -> Counted:
     from flexmore_ray.spec import MixtureSpec, check_names
 
     shape, experts = SHAPES[args.shape], SHAPE_EXPERTS[args.shape]
+    if args.experts and len(args.experts) != len(experts):
+        raise UsageError(f"--experts: {args.shape} has {len(experts)} experts, got {len(args.experts)} names")
     if args.experts:
         experts = check_names(args.experts, where="--experts")
     spec = MixtureSpec(ranks=_ranks_asked(args, experts), active=args.active)
@@ -156,14 +160,14 @@ def _files_to_count(args: argparse.Namespace) -> Counted:
     from flexmore_ray.mixture import open_mixture
     from flexmore_ray.spec import MixtureSpec
 
-    single = len(args.mixture) == 1 and "=" not in args.mixture[0]
-    parts = open_mixture(args.mixture[0] if single else MixtureSpec(source=tuple(args.mixture)), args.experts)
+    single = len(args.mixture) == 1
+    mixture = args.mixture[0] if single else MixtureSpec(source=tuple(args.mixture))
+    parts = open_mixture(mixture, args.experts, verify=False)
     source = parts.source
     spec = parts.spec.with_ranks(_ranks_asked(args, source.experts))
     if args.active is not None:
         spec = dataclasses.replace(spec, active=args.active)
-    if not source.born_ranks:
-        _say_what_ranks_mean(spec, source.shape)
+    _say_what_ranks_mean(spec, source.shape)
     return source.shape, source.experts, parts.with_spec(spec).assignment, source.dtype.itemsize
 
 
@@ -210,7 +214,13 @@ def run_decompose(args: argparse.Namespace) -> Result:
             bar.update(done - bar.n)
 
         store = build_store(
-            source, Path(args.store), max_rank=args.max_rank, dtype=args.dtype, device=args.device, progress=advance
+            source,
+            Path(args.store),
+            max_rank=args.max_rank,
+            dtype=args.dtype,
+            device=args.device,
+            thorough=args.verify,
+            progress=advance,
         )
     return _describe_store(store, source)
 
@@ -246,6 +256,7 @@ def run_eval(args: argparse.Namespace) -> Result:
 
     tasks = load_tasks(args.tasks, split=args.split, limit=args.limit)
     mixture = load_mixture(args.mixture, device=args.device, dtype=args.dtype, experts=args.experts)
+    _say_what_ranks_mean(mixture.given_spec, mixture.shape)
     results = Path(args.results)
     cells = list(progress(evaluate(mixture, tasks, results), len(tasks.tasks), "scoring"))
     count = mixture.count()
@@ -315,6 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     decompose.add_argument("--store", required=True, metavar="DIR")
     decompose.add_argument("--max-rank", type=int, metavar="R", help="highest rank to hold (default: all)")
     decompose.add_argument("--dtype", default="float32", metavar="D", help="float32 (default), bfloat16 or float16")
+    decompose.add_argument("--verify", action="store_true", help="read every stored file and replace damaged ones")
     decompose.add_argument("--device", default="cpu", metavar="D", help="where to compute (default: cpu)")
 
     evaluate = command("eval", run_eval, "scores of one mixture")
@@ -344,14 +356,17 @@ def _ranks_asked(args: argparse.Namespace, experts: Sequence[str]) -> dict[str, 
     from flexmore_ray.spec import parse_rank
 
     ranks: dict[str, ExpertRank] = {}
+    named: dict[str, ExpertRank] = {}
     if args.all_ranks is not None:
         ranks = dict.fromkeys(experts[1:], parse_rank(args.all_ranks, where="--all-ranks"))
     for text in args.rank or []:
         name, equals, rank = text.partition("=")
         if not equals:
             raise UsageError(f"--rank: NAME=R is needed, got {text!r}")
-        ranks[name] = parse_rank(rank, where=f"--rank {name}")
-    return ranks
+        if name in named:
+            raise UsageError(f"--rank: {name} is given twice")
+        named[name] = parse_rank(rank, where=f"--rank {name}")
+    return ranks | named
 
 
 def _named_files(items: Sequence[str]) -> dict[str, Path]:
@@ -360,6 +375,8 @@ def _named_files(items: Sequence[str]) -> dict[str, Path]:
         name, equals, path = text.partition("=")
         if not equals:
             raise UsageError(f"--data: name=FILE is needed, got {text!r}")
+        if name in files:
+            raise UsageError(f"--data: {name} is given twice")
         files[name] = Path(path)
     return files
 

@@ -16,7 +16,7 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,13 +179,19 @@ def entropy_rank(spectrum: NDArray[np.float64]) -> int:
 def energy_rank(spectrum: NDArray[np.float64], threshold: float) -> int:
     """The smallest rank that keeps at least `threshold` (in [0, 1]) of a spectrum's energy."""
     energy = np.cumsum(np.square(spectrum))
-    if energy[-1] == 0:
+    if energy.size == 0 or energy[-1] == 0:
         return 1
     return min(len(spectrum), int(np.searchsorted(energy, threshold * energy[-1] * (1 - 1e-12))) + 1)
 
 
 def allocate_energy(shape: ModelShape, spectra: Spectra, threshold: float) -> dict[str, ExpertRank]:
-    """Energy-threshold rule: every matrix keeps at least `threshold` of its delta's energy."""
+    """Energy-threshold rule: every matrix keeps at least `threshold` of its delta's energy.
+
+    Raises:
+        UsageError: `threshold` is not in [0, 1].
+    """
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"threshold: a share of the energy from 0 to 1 is needed, got {threshold}")
     return _per_matrix(shape, spectra, lambda spectrum: energy_rank(spectrum, threshold))
 
 
@@ -205,6 +211,8 @@ def allocate_uniform(shape: ModelShape, experts: Sequence[str], budget: int) -> 
     Raises:
         UsageError: not even rank 1 fits.
     """
+    if len(experts) < 2:
+        return {}
     unit = (len(experts) - 1) * sum(matrix_params(shape, p, 1) for p in PROJECTIONS) * shape.num_layers
     rank = (budget - _base_params(shape, experts, budget, unit)) // unit
     dense = (len(experts) - 1) * sum(matrix_params(shape, p, FULL) for p in PROJECTIONS) * shape.num_layers
@@ -241,6 +249,8 @@ def allocate_optimal(
     Raises:
         UsageError: rank 1 for every matrix does not fit into the budget.
     """
+    if granularity not in get_args(Granularity):
+        raise UsageError(f"granularity: one of {', '.join(get_args(Granularity))} is needed, got {granularity!r}")
     groups = _groups(shape, experts[1:], granularity)
     unit = sum(matrix_params(shape, key.projection, 1) for keys in groups.values() for key in keys)
     left = budget - _base_params(shape, experts, budget, unit) - unit
@@ -251,7 +261,7 @@ def allocate_optimal(
     while heap:
         _, name, i = heapq.heappop(heap)
         step = curves[name][i]
-        if step.cost > left:
+        if step.cost > left or step.slope <= 0:
             continue
         left -= step.cost
         ranks[name] = step.rank

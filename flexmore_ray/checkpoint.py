@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import platform
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,12 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_file():
+            raise CheckpointError(f"{folder}: a checkpoint is a folder, this is a file; a mixture file ends in .yaml")
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
+        if (folder / "manifest.json").exists():
+            raise CheckpointError(f"{folder}: a store, not a checkpoint; name it in a mixture file as store: {folder}")
         self.folder = folder
         self.config = read_json(folder / "config.json")
         model_type = self.config.get("model_type")
@@ -195,8 +200,14 @@ class Checkpoint:
         try:
             self.shape = ModelShape.from_config(self.config)
             self.num_experts = int(self.config["num_experts"])
+            active = int(self.config.get("num_experts_per_tok") or 1)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{folder}/config.json: missing or unusable entry: {error}") from None
+        if self.shape.num_layers < 1 or not 1 <= active <= self.num_experts:
+            raise CheckpointError(
+                f"{folder}/config.json: at least 1 layer and 1 to num_experts experts per token are needed, got "
+                f"{self.shape.num_layers} layers, {active} of {self.num_experts} experts"
+            )
         self.tensors = TensorFolder(folder)
         self._check()
 
@@ -264,16 +275,6 @@ class Checkpoint:
             expert = self._base(expert)
         return total or None
 
-    def expert_names_of(self, expert: int, layer: int) -> list[str]:
-        """Names of the tensors that hold one expert in one layer (for messages and checks)."""
-        if self.layout == "fused":
-            return [fused_tensor(layer, "gate_proj"), fused_tensor(layer, "down_proj")]
-        out = []
-        for p in PROJECTIONS:
-            parts = ("_a", "_b") if self._is_pair(expert, layer, p) else ("",)
-            out += [expert_tensor(layer, expert, p, part) for part in parts]
-        return out
-
     def _is_pair(self, expert: int, layer: int, projection: str) -> bool:
         return expert_tensor(layer, expert, projection, "_a") in self.tensors
 
@@ -322,9 +323,17 @@ class Checkpoint:
         if expert == 0 or not self._is_pair(expert, layer, projection):
             self.tensors.require(expert_tensor(layer, expert, projection), (out, columns))
             return
-        rank = self.tensors.shape(expert_tensor(layer, expert, projection, "_a"))[0]
+        rank = self._declared_rank(expert, layer, projection)
         self.tensors.require(expert_tensor(layer, expert, projection, "_a"), (rank, columns))
         self.tensors.require(expert_tensor(layer, expert, projection, "_b"), (out, rank))
+
+    def _declared_rank(self, expert: int, layer: int, projection: str) -> int:
+        """The rank that the config gives a low-rank matrix."""
+        try:
+            pattern = (self.config.get("expert_rank_pattern") or {}).get(str(expert))
+            return int(pattern[projection][layer] if pattern else self.config["expert_ranks"][expert])
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}/config.json: no usable rank of expert {expert}: {error!r}") from None
 
     def _check_bases(self) -> None:
         """Every chain of ``expert_bases`` must end, within the experts there are."""
@@ -332,6 +341,8 @@ class Checkpoint:
             values = self.config.get(key)
             if values is not None and (not isinstance(values, list) or len(values) != self.num_experts):
                 raise CheckpointError(f"{self.folder}/config.json: {key} needs one entry per expert, got {values!r}")
+            if any(not isinstance(value, int | float | None) for value in values or []):
+                raise CheckpointError(f"{self.folder}/config.json: {key} holds numbers, got {values!r}")
         for expert in range(self.num_experts):
             seen = [expert]
             while seen[-1] != 0:
@@ -362,7 +373,11 @@ class Adapter:
         self._prefix = self._find_prefix()
 
     def factors(self, layer: int, projection: str) -> Factors:
-        """Factors (scaling included) of one matrix; rank 1 and zero where the adapter has none."""
+        """Factors (scaling included) of one matrix.
+
+        Raises:
+            CheckpointError: the adapter has none for it.
+        """
         module = f"model.layers.{layer}.mlp.{projection}"
         name = f"{self._prefix}{module}.lora_A.weight"
         if name not in self.tensors:
@@ -378,11 +393,14 @@ class Adapter:
 
     def router_row(self, layer: int) -> Tensor | None:
         """The adapter's router row in one layer, where its folder holds one."""
-        path = self.folder / "router.safetensors"
-        return open_safetensors(path).get_slice("router")[layer] if path.exists() else None
+        if not (self.folder / "router.safetensors").exists():
+            return None
+        return TensorFolder(self.folder, "router").read("router", layer)
 
     def check(self, shape: ModelShape) -> None:
         """Check that the adapter fits a model of this shape, covering every MLP matrix."""
+        if (self.folder / "router.safetensors").exists():
+            TensorFolder(self.folder, "router").require("router", (shape.num_layers, shape.hidden_size))
         known = set()
         for key in shape.keys("expert"):
             out, columns = shape.matrix(key.projection)
@@ -404,6 +422,8 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = _pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise CheckpointError(f"{self.folder}/adapter_config.json: lora_alpha is a number, got {alpha!r}")
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
 
@@ -438,9 +458,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         UsageError: `out` exists and is not an empty folder.
         CheckpointError: the folder cannot be written (full disk, no permission); nothing is left.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: exists already; choose another --out or remove it")
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:8]}")
+    check_new(out)
+    out = out.resolve()
+    _remove_abandoned(out)
+    partial = out.with_name(f".{out.name}.partial-{platform.node()}-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -453,6 +474,26 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_new(out: Path) -> None:
+    """Check that a folder to be made is not there yet, or is empty.
+
+    Raises:
+        UsageError: it holds something, or is a file, or has no name.
+    """
+    if not out.name:
+        raise UsageError(f"--out: the name of a new folder is needed, got {str(out)!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists already; choose another --out or remove it")
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what a killed run on this machine left of the same folder."""
+    for path in out.parent.glob(f".{out.name}.partial-{platform.node()}-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def write_tensors(folder: Path, plan: TensorPlan, stem: str = "model", shard_bytes: int = _SHARD_BYTES) -> None:
     """Write a plan's tensors as one safetensors file, or as shards of at most `shard_bytes` with an index.
 
@@ -463,6 +504,8 @@ def write_tensors(folder: Path, plan: TensorPlan, stem: str = "model", shard_byt
     size = 0
     for name, make in plan.items():
         tensor = make().detach().cpu().contiguous()
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"tensor {name} is not finite in {tensor.dtype}; choose --dtype bfloat16 or float32")
         if shard and size + tensor.nbytes > shard_bytes:
             _write_shard(folder, stem, len(shards), shard)
             shards.append(list(shard))

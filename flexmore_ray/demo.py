@@ -59,7 +59,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     print(columns(table))
     (out / "table.md").write_text(markdown(table), encoding="utf-8")
     chosen = choose(rows, specs)
-    model = out / "model"
+    model = out / f"model-{chosen}"
     if not model.exists():
         export_mixture(specs[chosen], model, "flex_more")
     say_where_to_look(out, chosen)
@@ -152,7 +152,7 @@ Written
   {out}/mixtures/      a mixture file for each row
   {out}/store/         spectra and factors of every expert
   {out}/results/       cells/ one row per mixture and task, samples/ one row per document (Parquet)
-  {out}/model/         {chosen}, the best at half size or less, as a flex_more folder for transformers
+  {out}/model-{chosen}/   the best at half size or less, as a flex_more folder for transformers
 
 Next
   flexmore eval {mixture} --tasks {SUITE} --split test

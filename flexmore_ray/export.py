@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexmore_ray.checkpoint import (
     TensorPlan,
+    check_new,
     copy_tokenizer,
     expert_tensor,
     new_folder,
@@ -52,7 +53,7 @@ def export_mixture(
         format: "flex_more" (factors, for this package and the FlexMoRE authors' fork), "flexolmo"
             (dense reconstruction, for any tool that knows FlexOlmo) or "peft" (one LoRA adapter
             on the public model's MLP per low-rank expert).
-        dtype: what to write weights in; None loses nothing: the wider of checkpoint and factors.
+        dtype: what to write weights in; None loses nothing: the widest of checkpoints and factors.
         experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
 
     Raises:
@@ -61,8 +62,9 @@ def export_mixture(
     """
     if format not in EXPORT_FORMATS:
         raise UsageError(f"--format: one of {', '.join(EXPORT_FORMATS)} is needed, got {format!r}")
-    parts = open_mixture(mixture, experts)
     out = Path(out)
+    check_new(out)
+    parts = open_mixture(mixture, experts)
     with new_folder(out) as folder:
         if format == "peft":
             _export_peft(parts, folder, dtype)
@@ -72,23 +74,17 @@ def export_mixture(
             plan = _model_plan(parts, pieces, to)
             write_tensors(folder, plan)
             write_config(folder, _export_config(parts, format, to))
-            copy_tokenizer(parts.source.trunk.folder, folder)
-            parts.spec.save(folder / "mixture.yaml")
             open_source([str(folder)])
+        copy_tokenizer(parts.source.trunk.folder, folder)
+        parts.spec.save(folder / "mixture.yaml")
     return out
 
 
 def _export_dtype(parts: Parts, dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return parse_dtype(dtype)
-    to = parts.source.dtype
-    for key in parts.matrix_keys():
-        piece_rank = parts.assignment.rank(key)
-        if piece_rank != FULL:
-            piece = parts.piece(key)
-            assert isinstance(piece, Factors)
-            return torch.promote_types(to, piece.a.dtype)
-    return to
+    widest = parts.source.widest_dtype
+    return torch.promote_types(widest, parts.factors.dtype) if parts.uses_factors else widest
 
 
 def _export_config(parts: Parts, format: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexmore_ray.checkpoint import copy_tokenizer, new_folder, write_config, write_tensors
+from flexmore_ray.checkpoint import check_new, copy_tokenizer, new_folder, write_config, write_tensors
 from flexmore_ray.errors import UsageError
 from flexmore_ray.mixture import load_mixture
 from flexmore_ray.router import RIDGE, TEMPERATURE, batch_texts, fit_rows, gather_moments, read_texts
-from flexmore_ray.source import Source, flexolmo_plan, open_source
+from flexmore_ray.source import Source, flexolmo_plan, open_source, with_missing_rows
 from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, suggest
 
 
@@ -48,6 +48,9 @@ def merge(
         UsageError: an expert without data, data without an expert, `active` out of range.
         CheckpointError: the checkpoints do not share their public model, or cannot be written.
     """
+    check_new(out)
+    if data is not None and not (0 < ridge < float("inf") and 0 < temperature < float("inf")):
+        raise UsageError(f"--ridge and --temperature: above 0 and finite are needed, got {ridge} and {temperature}")
     source = open_source(sources, names)
     if active is None:
         active = min(4, len(source.experts))
@@ -65,7 +68,8 @@ def fit_router(source: Source, data: Mapping[str, Path], *, ridge: float, temper
     """Router rows (layers, experts, hidden), each expert's moments from its own data and model alone.
 
     The public expert's moments come from the public model, a domain expert's from its two-expert
-    mixture, with the rows that it was trained with.
+    mixture, with the rows that it was trained with; an adapter that came without a row shares the
+    tokens with the public expert half and half.
     """
     for name in data:
         if name not in source.experts:
@@ -75,7 +79,7 @@ def fit_router(source: Source, data: Mapping[str, Path], *, ridge: float, temper
     texts = {name: read_texts(path) for name, path in data.items()}
     moments = {}
     for name in source.experts:
-        mixture = load_mixture(_own_mixture(source, name), source=source)
+        mixture = load_mixture(_own_mixture(source, name), source=with_missing_rows(source))
         moments[name] = gather_moments(mixture.model, batch_texts(mixture.tokenizer, texts[name]))
     return fit_rows(moments, ridge=ridge, temperature=temperature)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,15 @@ from flexmore_ray.checkpoint import (
 from flexmore_ray.errors import UsageError
 from flexmore_ray.modeling import DENSE, FlexMoreConfig, FlexMoreExpert, FlexMoreForCausalLM
 from flexmore_ray.source import Source, open_source
-from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec
+from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape
 from flexmore_ray.spectra import Factors
-from flexmore_ray.store import FactorSource, build_store, open_store
+from flexmore_ray.store import FactorSource, build_store, open_store, parse_device
 
+_OUTPUT_CONFIG = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "hidden_act"),
+    *("norm_topk_prob", "attention_bias", "tie_word_embeddings", "max_position_embeddings"),
+)
+"""Config entries that decide what the same weights compute, or how much they are given to read."""
 MixtureLike = str | Path | MixtureSpec
 
 
@@ -58,21 +64,24 @@ def read_spec(mixture: MixtureLike, experts: Sequence[str] | None = None) -> Mix
 
 
 class CachedFactors:
-    """The factors of a source from a store in the cache, decomposed when first asked for."""
+    """The factors of a source from a store in the cache, decomposed when first asked for.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    Args:
+        source: the experts.
+        rank: hold factors up to this rank from the first pass on.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, source: Source, rank: int) -> None:
+        self.source, self.rank = source, rank
         self._store: FactorSource | None = None
-
-    def require(self, rank: int) -> None:
-        """Make sure that factors up to `rank` are held, with one pass over all that are missing."""
-        self._store = build_store(self.source, cache_folder() / self._name, max_rank=rank)
 
     def factors(self, key: MatrixKey, rank: int) -> Factors:
         """Factors of one matrix at `rank`; decomposes the source where that is more than is held."""
         if self._store is None or self._store.max_rank(key) < rank:
-            self.require(rank)
-        assert self._store is not None
+            self.rank = max(self.rank, rank)
+            self._store = build_store(self.source, cache_folder() / self._name, max_rank=self.rank)
         return self._store.factors(key, rank)
 
     @functools.cached_property
@@ -119,8 +128,19 @@ class Parts:
     def identified(self) -> MixtureSpec:
         """The spec with its `mixture_id`, which reads (and hashes) the weights of all kept experts."""
         digests = {name: self.source.expert_digest(name) for name in self.assignment.ranks}
-        digests["shared"] = self.source.shared_digest
+        config = FlexMoreConfig(**_trunk_config(self.source), num_experts=1, num_experts_per_tok=1).to_dict()
+        others = [config.get(key) for key in _OUTPUT_CONFIG]
+        tokenizer = self.source.trunk.folder / "tokenizer.json"
+        others.append(hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None)
+        others.append(str(self.factors.dtype) if self.uses_factors else None)
+        digests["shared"] = f"{self.source.shared_digest} {json.dumps(others, sort_keys=True)}"
         return dataclasses.replace(self.spec, mixture_id=self.assignment.mixture_id(digests))
+
+    @property
+    def uses_factors(self) -> bool:
+        """Whether any matrix is cut to a rank of its decomposition, rather than used as its owner made it."""
+        born = self.source.born_ranks
+        return any(self.assignment.rank(key) not in (FULL, born.get(key)) for key in self.matrix_keys())
 
 
 def open_mixture(
@@ -129,6 +149,7 @@ def open_mixture(
     *,
     source: Source | None = None,
     factors: FactorSource | None = None,
+    verify: bool = True,
 ) -> Parts:
     """Find what a mixture is made of, and check its rank assignment.
 
@@ -137,6 +158,7 @@ def open_mixture(
         experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
         source: the experts, where they are open already; None opens what the spec names.
         factors: where to take factors from; None means the spec's store, else the cache.
+        verify: whether to check, by hashing the weights, that the spec's store was made from them.
 
     Raises:
         UsageError: the mixture breaks a rule.
@@ -145,11 +167,20 @@ def open_mixture(
     """
     spec = read_spec(mixture, experts)
     store = open_store(Path(spec.store)) if spec.store else None
-    if source is None:
-        source = open_source(spec.source or (store.sources if store else ()), spec.experts)
-    if store is not None:
+    if source is None and spec.source:
+        source = open_source(spec.source, spec.experts)
+    elif source is None:
+        assert store is not None
+        source = open_source(store.sources, spec.experts or store.experts)
+    if store is not None and verify:
         store.check_source(source)
-    return Parts(spec, source, factors or store or CachedFactors(source), _assign(spec, source))
+    spec = dataclasses.replace(
+        spec,
+        source=tuple(source.describe()) if spec.source else (),
+        store=str(Path(spec.store).resolve()) if spec.store else None,
+    )
+    assignment = _assign(spec, source)
+    return Parts(spec, source, factors or store or CachedFactors(source, assignment.highest_rank), assignment)
 
 
 def _assign(spec: MixtureSpec, source: Source) -> Assignment:
@@ -171,6 +202,7 @@ class Mixture:
         self._parts = parts
         self._device, self._dtype, self._hold_rank = device, dtype, hold_rank
         self._held: dict[MatrixKey, Tensor | Factors] = {}
+        self._unordered: set[MatrixKey] = set()  # held factors as their owner made them: no slice of them is a rank
         self._rows: dict[str, list[Tensor]] = {}
         self._experts: dict[str, list[FlexMoreExpert]] = {}
         self.model = self._build_trunk()
@@ -195,6 +227,16 @@ class Mixture:
         if self._parts.spec.mixture_id is None:
             self._parts = dataclasses.replace(self._parts, spec=self._parts.identified())
         return self._parts.spec
+
+    @property
+    def given_spec(self) -> MixtureSpec:
+        """The current spec as it was given, without the `mixture_id`, which takes reading all weights."""
+        return self._parts.spec
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's sizes."""
+        return self._parts.source.shape
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -270,6 +312,10 @@ class Mixture:
             self._rows[name] = [self._to(parts.source.router_row(name, layer)) for layer in layers]
             self._experts[name] = [_empty_expert(self.model.config) for _ in layers]
         self._held |= fetched
+        born = parts.source.born_ranks
+        for key in fetched:
+            owned = parts.assignment.rank(key) == born.get(key)
+            (self._unordered.add if owned else self._unordered.discard)(key)
         for key in changed:
             self._place(key, parts.assignment.rank(key))
         if before is None or list(before.ranks) != list(parts.assignment.ranks):
@@ -279,11 +325,9 @@ class Mixture:
 
     def _has(self, parts: Parts, key: MatrixKey) -> bool:
         held, rank = self._held.get(key), parts.assignment.rank(key)
-        if rank == FULL:
-            return isinstance(held, Tensor)
-        if rank == parts.source.born_ranks.get(key):
-            return isinstance(held, Factors) and held.rank == rank
-        return isinstance(held, Factors) and held.rank >= rank
+        if rank == FULL or not isinstance(held, Factors):
+            return rank == FULL and isinstance(held, Tensor)
+        return held.rank == rank or (held.rank > rank and key not in self._unordered)
 
     def _fetch(self, parts: Parts, key: MatrixKey) -> Tensor | Factors:
         piece = parts.piece(key, self._hold_rank)
@@ -344,8 +388,8 @@ def load_mixture(
     Raises:
         UsageError, CheckpointError, StoreError: see `open_mixture`.
     """
+    place = parse_device(device)
     parts = open_mixture(mixture, experts, source=source, factors=factors)
-    place = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else parts.source.dtype
     return Mixture(parts, place, parse_dtype(dtype), hold_rank)
@@ -357,9 +401,9 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         UsageError: an unknown name.
     """
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UsageError(f"dtype: one of {', '.join(DTYPES)} is needed, got {dtype!r}")
     return DTYPES[dtype]
 

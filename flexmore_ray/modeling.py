@@ -40,9 +40,11 @@ from transformers.models.flex_olmo.modeling_flex_olmo import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from flexmore_ray.errors import UsageError
 from flexmore_ray.spec import PROJECTIONS
 
 Activation = Callable[[Tensor], Tensor]
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 DENSE = 0
 """In ``expert_ranks``: the expert has its own full-size matrices."""
 
@@ -232,7 +234,7 @@ def _project(expert: FlexMoreExpert, projection: str, x: Tensor, base: Tensor, *
     if dense is not None:
         return F.linear(x, dense)
     lora_a, lora_b = expert.pair(projection)
-    return torch.addmm(base, F.linear(x, lora_a), lora_b.T)
+    return F.linear(F.linear(x, lora_a), lora_b).add_(base)
 
 
 def _own_product(expert: FlexMoreExpert, hidden: Tensor, dense: Tensor | None) -> Tensor:
@@ -356,13 +358,19 @@ class FlexMoreForCausalLM(FlexMorePreTrainedModel, FlexOlmoForCausalLM):
         """Load a `flex_more` folder; chains of ``expert_bases`` and alphas are resolved on the way."""
         config = kwargs.get("config")
         if not isinstance(config, FlexMoreConfig):
-            config = FlexMoreConfig.from_pretrained(pretrained_model_name_or_path)
+            where = {k: kwargs[k] for k in _HUB_OPTIONS if k in kwargs}
+            config = FlexMoreConfig.from_pretrained(pretrained_model_name_or_path, **where)
         if config.is_resolved:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         from flexmore_ray.mixture import load_mixture
 
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        return load_mixture(str(pretrained_model_name_or_path), dtype=None if dtype == "auto" else dtype).model
+        if unknown := set(kwargs) - {"config", "dtype", "torch_dtype"}:
+            raise UsageError(
+                f"{pretrained_model_name_or_path}: its experts correct one another and are resolved on loading, which "
+                f"knows dtype alone, got {', '.join(sorted(unknown))}; use flexmore_ray.load_mixture"
+            )
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+        return load_mixture(str(pretrained_model_name_or_path), dtype=config.dtype if dtype == "auto" else dtype).model
 
 
 AutoConfig.register("flex_more", FlexMoreConfig)

@@ -27,9 +27,9 @@ from flexmore_ray.checkpoint import (
 )
 from flexmore_ray.errors import CheckpointError, UsageError
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, check_names
-from flexmore_ray.spectra import Factors
+from flexmore_ray.spectra import Factors, decompose_factors
+from flexmore_ray.zoo import zoo_path
 
-ZOO = Path(__file__).parent / "zoo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Slot = tuple[Checkpoint, int] | Adapter
 """Where an expert lives: a checkpoint and its index there, or an adapter."""
@@ -65,6 +65,13 @@ class Source:
         """Stored dtype of the public expert."""
         return self.trunk.dtype
 
+    @functools.cached_property
+    def widest_dtype(self) -> torch.dtype:
+        """The dtype that holds every tensor of every part without loss; from the headers alone."""
+        folders = [self.trunk, *(s if isinstance(s, Adapter) else s[0] for s in self._slots.values())]
+        found = {folder.tensors.dtype(name) for folder in folders for name in folder.tensors.names()}
+        return functools.reduce(torch.promote_types, found)
+
     def describe(self) -> list[str]:
         """The SOURCE strings that open this source again from anywhere."""
         return list(self._origin)
@@ -83,7 +90,16 @@ class Source:
         return checkpoint.weight(index, key.layer, key.projection)
 
     def born_factors(self, key: MatrixKey) -> Factors | None:
-        """Factors of a matrix that was low-rank from the start; None if it is dense."""
+        """Factors of a matrix that was low-rank from the start, as its owner made them; None if it is dense.
+
+        Factors of more rows than the matrix has are brought to as many as it has, which is exact.
+        """
+        factors = self._own_factors(key)
+        if factors is None or factors.rank <= self.shape.full_rank:
+            return factors
+        return decompose_factors(factors.a, factors.bt).factors
+
+    def _own_factors(self, key: MatrixKey) -> Factors | None:
         slot = self._slot(key.expert)
         if isinstance(slot, Adapter):
             return slot.factors(key.layer, key.projection)
@@ -119,16 +135,23 @@ class Source:
             raise CheckpointError(
                 f"{slot.folder}: adapter {expert} has no router row; fit one with: flexmore merge ... --router ridge"
             )
-        return row.to(self.dtype)
+        return row
+
+    def has_router_row(self, expert: str) -> bool:
+        """Whether an expert came with a router row; a plain PEFT adapter does not."""
+        slot = self._slot(expert)
+        return not isinstance(slot, Adapter) or slot.router_row(0) is not None
 
     def router(self, layer: int, experts: Sequence[str] | None = None) -> Tensor:
         """Router rows (experts, hidden) of one layer; None means all experts of the source."""
-        return torch.stack([self.router_row(name, layer) for name in experts or self.experts])
+        rows = [self.router_row(name, layer) for name in experts or self.experts]
+        widest = functools.reduce(torch.promote_types, (row.dtype for row in rows))
+        return torch.stack([row.to(widest) for row in rows])
 
     def digest(self, key: MatrixKey) -> str:
         """SHA-256 of one matrix's content: dtype, shape and bytes, whatever the layout."""
         if key not in self._digests:
-            factors = self.born_factors(key)
+            factors = self._own_factors(key)
             tensors = [self.weight(key)] if factors is None else [factors.a, factors.bt]
             self._digests[key] = digest(tensors)
         return self._digests[key]
@@ -152,6 +175,9 @@ class Source:
         """
         for name in shared_tensors(self.shape):
             self.shared(name)
+        for layer in range(self.shape.num_layers):
+            for expert in filter(self.has_router_row, self.experts):
+                self.router_row(expert, layer)
         yield "shared"
         for expert in self.experts:
             for key in self.shape.keys(expert):
@@ -161,6 +187,18 @@ class Source:
 
     def _slot(self, expert: str) -> Slot:
         return self._slots[expert]
+
+
+class _EqualRows(Source):
+    """A source in which an expert without a router row has the public expert's, so that both weigh the same."""
+
+    def router_row(self, expert: str, layer: int) -> Tensor:
+        return super().router_row(expert if self.has_router_row(expert) else self.experts[0], layer)
+
+
+def with_missing_rows(source: Source) -> Source:
+    """The same experts; one that came without a router row weighs as much as the public expert."""
+    return _EqualRows(source.trunk, source._slots, source.describe())
 
 
 def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> Source:
@@ -175,6 +213,8 @@ def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> S
         UsageError: the strings do not make sense together.
         CheckpointError: a folder cannot be read, or parts that must be equal differ.
     """
+    if names is not None:
+        check_names(names, where="--experts")
     parts = [_split_source(text) for text in sources]
     plain = [(text, path) for text, (name, path) in zip(sources, parts, strict=True) if name is None]
     named = [(name, path) for name, path in parts if name is not None]
@@ -186,6 +226,10 @@ def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> S
         for index, name in enumerate(_names_of(trunk, names)):
             slots[name] = (trunk, index)
     opened = [(name, _open_expert(path)) for name, path in named]
+    if names is not None and not plain and (len(names) != 1 + len(named) or list(names[1:]) != [n for n, _ in named]):
+        raise UsageError(
+            f"--experts: the sources hold a public expert, {', '.join(n for n, _ in named)}; got {', '.join(names)}"
+        )
     if not plain:
         trunk = _first_checkpoint(opened)
         slots["public" if names is None else names[0]] = (trunk, 0)
@@ -197,8 +241,6 @@ def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> S
         else:
             _check_pair(name, expert, trunk)
             slots[name] = (expert, 1)
-    if names is not None and not plain and tuple(names) != tuple(slots):
-        raise UsageError(f"--experts: the sources name {', '.join(slots)}, got {', '.join(names)}")
     return Source(trunk, slots, [_absolute(text) for text in sources])
 
 
@@ -209,13 +251,12 @@ def resolve_folder(text: str) -> Path:
         CheckpointError: there is no such folder, embedded mixture or hub repository.
     """
     if text.startswith("zoo://"):
-        folder = ZOO / text.removeprefix("zoo://")
-        if not (folder / "config.json").is_file():
-            known = ", ".join(f"zoo://{p.parent.name}" for p in sorted(ZOO.glob("*/config.json")))
-            raise CheckpointError(f"{text}: no such embedded mixture; there is {known}")
-        return folder
+        return zoo_path(text.removeprefix("zoo://"))
+    if not text:
+        raise UsageError("source: a folder, a hub id or zoo://nano is needed, got an empty text")
     folder = Path(text).expanduser()
-    if folder.exists() or not _HUB_ID.fullmatch(text):
+    # What looks like a hub id but starts with a folder that is here is a mistyped path.
+    if folder.exists() or not _HUB_ID.fullmatch(text) or folder.parent.exists():
         return folder
     return _download(text)
 
@@ -227,12 +268,14 @@ def _download(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
     except Exception as error:  # the hub client raises its own, the HTTP client's and OS errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{repo}: no such folder, and not to be had from the hub: {reason}") from error
+        raise CheckpointError(
+            f"{repo}: no such folder here, and as a hub id it cannot be had ({reason}); check the path, or the network"
+        ) from error
 
 
 def _split_source(text: str) -> tuple[str | None, Path]:
     name, equals, path = text.partition("=")
-    if not equals or "/" in name:
+    if not equals or "/" in name or Path(text).exists():
         return None, resolve_folder(text)
     check_names([name], where=f"source {text}")
     return name, resolve_folder(path)

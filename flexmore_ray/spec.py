@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ class ModelShape:
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """The known names, closest first, for the end of an error message."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
@@ -109,7 +110,7 @@ def check_names(names: Sequence[str], *, where: str) -> tuple[str, ...]:
     Raises:
         UsageError: a name is malformed or repeated, or there is none.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{where}: expert names are a list of words, got {names!r}")
     for name in names:
         if not _NAME.fullmatch(name):
@@ -127,10 +128,10 @@ def check_matrix_rank(rank: Any, *, where: str) -> MatrixRank:
     """
     if rank == FULL:
         return FULL
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
         hint = "to leave an expert out write drop" if rank == 0 else "for its dense weights write full"
         raise UsageError(f"{where}: a rank is an integer >= 1, full or drop, got {rank!r}; {hint}")
-    return rank
+    return int(rank)
 
 
 def check_rank(rank: Any, num_layers: int | None = None, *, where: str) -> ExpertRank:
@@ -199,6 +200,10 @@ class MixtureSpec:
         active = self.active
         if active is not None and (isinstance(active, bool) or not isinstance(active, int) or active < 1):
             raise UsageError(f"active: the number of experts per token is an integer >= 1, got {active!r}")
+        if self.store is not None and not isinstance(self.store, str):
+            raise UsageError(f"store: the folder of a store is a string, got {self.store!r}")
+        if not isinstance(self.ranks, Mapping):
+            raise UsageError(f"ranks: a mapping from expert to rank is needed, got {self.ranks!r}")
         if self.experts is not None:
             object.__setattr__(self, "experts", check_names(self.experts, where="experts"))
         ranks = {name: check_rank(rank, where=f"ranks.{name}") for name, rank in self.ranks.items()}
@@ -206,6 +211,8 @@ class MixtureSpec:
 
     def with_ranks(self, ranks: Mapping[str, ExpertRank]) -> MixtureSpec:
         """The same mixture with some experts' ranks replaced."""
+        if not isinstance(ranks, Mapping):
+            raise UsageError(f"ranks: a mapping from expert to rank is needed, got {ranks!r}")
         return dataclasses.replace(self, ranks={**self.ranks, **ranks}, mixture_id=None)
 
     def assignment(
@@ -280,15 +287,13 @@ class MixtureSpec:
             raise UsageError(f"{where}: source is a string or a list of name=FOLDER strings, got {source!r}")
         if not source and not data.get("store"):
             raise UsageError(f"{where}: a mixture file names its source or its store, got neither")
-        ranks = data.get("ranks") or {}
-        if not isinstance(ranks, Mapping):
-            raise UsageError(f"{where}: ranks is a mapping from expert to rank, got {ranks!r}")
+        ranks = data.get("ranks")
         try:
             return cls(
                 source=tuple(source),
                 store=data.get("store"),
                 experts=data.get("experts"),
-                ranks=ranks,
+                ranks={} if ranks is None else ranks,
                 active=data.get("active"),
             )
         except UsageError as error:
@@ -303,7 +308,7 @@ class MixtureSpec:
         """
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
         except FileNotFoundError:
             raise UsageError(f"{path}: no such mixture file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -332,6 +337,12 @@ class Assignment:
     def rank(self, key: MatrixKey) -> MatrixRank:
         """The rank of one matrix of a kept expert."""
         return self.ranks[key.expert][key.projection][key.layer]
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank of any low-rank matrix; 1 if there is none."""
+        ranks = (r for layers in self.ranks.values() for rs in layers.values() for r in rs)
+        return max((r for r in ranks if isinstance(r, int)), default=1)
 
     def summary(self, name: str) -> MatrixRank | str:
         """One word for a table: the expert's rank, "full", "drop", or "min-max" where it varies."""
@@ -384,8 +395,19 @@ def _canonical(rank: MatrixRank, shape: ModelShape, born: int | None) -> MatrixR
 
 
 def _relative_to(item: str, folder: Path) -> str:
-    """A folder of a mixture file, read relative to the file if it exists there."""
+    """A folder of a mixture file as an absolute path, read relative to the file if it exists there."""
     name, equals, path = item.rpartition("=")
-    if "://" in path or Path(path).is_absolute() or not (folder / path).exists():
+    if "://" in path or not (folder / path).exists():
         return item
-    return f"{name}{equals}{folder / path}"
+    return f"{name}{equals}{(folder / path).resolve()}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not a choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)

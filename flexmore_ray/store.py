@@ -79,6 +79,11 @@ class FactorSource(Protocol):
         """Highest rank that `factors` gives for this delta."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the factors."""
+        ...
+
 
 class WeightSource(Protocol):
     """What the store needs of a source of experts: a part of `checkpoint.Source`."""
@@ -485,7 +490,7 @@ class StoreWriter:
         experts, sources = list(source.experts), source.describe()
         if before and not set(before["experts"]) <= set(experts):
             experts = list(dict.fromkeys([*before["experts"], *experts]))
-            sources = list(dict.fromkeys([*before["sources"], *sources]))
+            sources = _join_sources(before["sources"], sources)
         order = sorted(
             entries, key=lambda key: (experts.index(key.expert), key.layer, PROJECTIONS.index(key.projection))
         )
@@ -545,7 +550,7 @@ def build_store(
     """
     if max_rank is not None and max_rank < 1:
         raise UsageError(f"--max-rank: an integer >= 1, or none for the full rank, got {max_rank}")
-    place = _device(device)
+    place = parse_device(device)
     writer = StoreWriter(folder, dtype)
     if writer.committed:
         check_digests(writer.folder, _entries(writer.committed), source)
@@ -603,6 +608,16 @@ def _keys(source: WeightSource) -> list[MatrixKey]:
     return [MatrixKey(e, layer, p) for layer in layers for p in PROJECTIONS for e in experts]
 
 
+def _join_sources(before: list[str], new: list[str]) -> list[str]:
+    """Sources of all experts: a new ``name=FOLDER`` takes the place of the old one of that name.
+
+    A folder that holds many experts stays, since what is new here are experts that it holds too.
+    """
+    if any("=" not in text for text in before):
+        return before
+    return list({text.partition("=")[0]: text for text in [*before, *new]}.values())
+
+
 def _target_rank(source: WeightSource, key: MatrixKey, max_rank: int | None) -> int:
     """Rank that a complete answer holds: what is asked, but no more than the matrix has."""
     born = source.born_factors(key)
@@ -611,7 +626,12 @@ def _target_rank(source: WeightSource, key: MatrixKey, max_rank: int | None) -> 
     return own if max_rank is None else min(max_rank, own)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
+    """A device that works here.
+
+    Raises:
+        UsageError: an unknown name, or a device that this machine or this PyTorch does not have.
+    """
     try:
         place = torch.device(device)
         torch.zeros(1, device=place)

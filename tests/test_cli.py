@@ -141,6 +141,33 @@ def test_merge_of_the_zoo_pairs_gives_the_zoo_router(run, tmp_path):
             assert torch.equal(ours[name], values), name
 
 
+def test_a_store_remembers_the_names_that_experts_were_given(run, tmp_path):
+    folder = common.write(common.random_model(), tmp_path / "plain")
+    names = ("--experts", ",".join(common.NAMES))
+    assert run("decompose", folder, *names, "--store", "store", "--max-rank", 4)[0] == 0
+    path = _mixture(tmp_path / "m.yaml", "store: store\nranks: {math: 4}\n")
+    status, _, err = run("export", path, "--format", "peft", "--out", "out")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "out" / "math" / "adapter_config.json").exists()
+
+
+def test_an_adapter_without_a_router_row_gets_one_by_merging(run, tmp_path):
+    write_pair("math", tmp_path / "math")
+    mixture = _mixture(tmp_path / "m.yaml", "source: [math=math]\nranks: {math: 4}\n")
+    assert run("export", mixture, "--format", "peft", "--out", "adapters")[0] == 0
+    (tmp_path / "adapters" / "math" / "router.safetensors").unlink()
+    data = []
+    for name in ("public", "math"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "\n".join(domain_text(name, 20))}))
+        data.append(f"{name}={name}.jsonl")
+    sources = ("math=math", "again=adapters/math")
+    ridge = ("--router", "ridge", "--data", *data, "again=math.jsonl")
+    status, out, err = run("merge", *sources, *ridge, "--out", "merged", "--json")
+    assert (status, err) == (0, "")
+    assert _json(out)["experts"] == ["public", "math", "again"]
+    _refused(run("merge", *sources, "--out", "kept"), 1, "has no router row", "--router ridge")
+
+
 # ------------------------------------------------------------------------------ bad input
 
 

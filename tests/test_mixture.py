@@ -181,3 +181,65 @@ def test_gradients_reach_factors_and_public_expert(folder, tokens):
     missing = [name for name, p in mixture.model.named_parameters() if p.grad is None]
     assert not missing
     assert expert_tensor(0, 1, "gate_proj", "_a") in dict(mixture.model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> str:
+    """A flex_more folder in which math was born at rank 6 and news at 40, above min(in, out) = 32."""
+    import json
+
+    from safetensors.torch import save_file
+
+    tensors = common.state(common.random_model(num_experts=3))
+    generator = torch.Generator().manual_seed(2)
+    for layer in range(2):
+        for p, (out, columns) in {"gate_proj": (80, 32), "up_proj": (80, 32), "down_proj": (32, 80)}.items():
+            for e, rank in ((1, 6), (2, 40)):
+                tensors.pop(expert_tensor(layer, e, p))
+                tensors[expert_tensor(layer, e, p, "_a")] = 0.2 * torch.randn(rank, columns, generator=generator)
+                tensors[expert_tensor(layer, e, p, "_b")] = 0.2 * torch.randn(out, rank, generator=generator)
+    folder = tmp_path_factory.mktemp("born")
+    save_file(tensors, folder / "model.safetensors")
+    config = common.random_model(num_experts=3).config.to_dict() | {"model_type": "flex_more"}
+    config |= {"expert_ranks": [0, 6, 40], "expert_names": ["public", "math", "news"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_experts_born_low_rank_switch_like_any_other(adapter, tokens):
+    """Their own factors are in no order, so a lower rank is never a slice of them."""
+    own = AutoModelForCausalLM.from_pretrained(adapter)(tokens).logits
+    mixture = load_mixture(adapter)
+    assert (mixture.model(tokens).logits - own).abs().max() < TOLERANCE
+    for rank in (3, "full", 5, 6, 1):
+        mixture.set_ranks({"math": rank, "news": rank})
+        fresh = load_mixture(_spec(adapter, {"math": rank, "news": rank}, 2))
+        assert (mixture.model(tokens).logits - fresh.model(tokens).logits).abs().max() < TOLERANCE
+        assert mixture.spec.mixture_id == fresh.spec.mixture_id
+        assert mixture.num_parameters() == mixture.count().total
+
+
+def test_mixture_id_knows_config_and_dtype_of_the_factors(model, folder, tmp_path):
+    from flexmore_ray.source import open_source
+    from flexmore_ray.store import build_store
+
+    other = common.write(model, tmp_path / "other", expert_names=list(common.NAMES), rms_norm_eps=1e-3)
+    ids = {load_mixture(str(place)).spec.mixture_id for place in (folder, other)}
+    source = open_source([folder])
+    for dtype in ("float32", "bfloat16"):
+        build_store(source, tmp_path / dtype, dtype=dtype)
+        spec = MixtureSpec(source=(folder,), store=str(tmp_path / dtype), ranks={"math": 3})
+        ids.add(load_mixture(spec).spec.mixture_id)
+    assert len(ids) == 4
+
+
+def test_the_cache_is_filled_in_one_pass(folder, monkeypatch, tmp_path):
+    from flexmore_ray import mixture as module
+
+    monkeypatch.setenv("FLEXMORE_CACHE", str(tmp_path))
+    calls = []
+    build = module.build_store
+    monkeypatch.setattr(module, "build_store", lambda *a, **k: calls.append(k["max_rank"]) or build(*a, **k))
+    ranks = {"math": {"gate_proj": [2, 4], "up_proj": [6, 8], "down_proj": 10}, "news": 21, "code": "drop"}
+    load_mixture(_spec(folder, ranks, 2))
+    assert calls == [21]

@@ -183,7 +183,7 @@ def test_sources_that_make_no_sense_together(model, pairs, tmp_path):
         open_source([pairs[0], pairs[0]])
     with pytest.raises(UsageError, match="3 experts, got 2 names"):
         open_source([three], ["public", "math"])
-    with pytest.raises(CheckpointError, match="no such embedded mixture"):
+    with pytest.raises(UsageError, match="no such embedded mixture"):
         open_source(["zoo://mega"])
 
 
@@ -262,3 +262,45 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(UsageError, match="exists already"), new_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_ranks_in_the_config_must_be_those_of_the_tensors(tmp_path):
+    from flexmore_ray.export import export_mixture
+    from flexmore_ray.spec import MixtureSpec
+
+    folder = common.write(common.random_model(num_experts=2), tmp_path / "m")
+    spec = MixtureSpec(source=(str(folder),), ranks={"expert-1": 4})
+    out = export_mixture(spec, tmp_path / "out", "flex_more")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"expert_ranks": [0, 5]}))
+    with pytest.raises(CheckpointError, match=r"gate_proj_a.weight has shape \(4, 32\), .* asks for \(5, 32\)"):
+        open_source([str(out)])
+
+
+def test_an_export_keeps_the_widest_dtype_and_points_home(tmp_path, monkeypatch):
+    from flexmore_ray.export import export_mixture
+    from flexmore_ray.mixture import load_mixture
+
+    model = common.random_model(num_experts=3)
+    folder = common.write(model, tmp_path / "m", dtype=torch.bfloat16)
+    _edit(folder, lambda tensors: tensors.update({"lm_head.weight": model.lm_head.weight.clone()}))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mixture.yaml").write_text("source: m\n")
+    out = export_mixture("mixture.yaml", "sub/out", "flexolmo")
+    assert torch.equal(open_source([str(out)]).shared("lm_head.weight"), model.lm_head.weight)
+    monkeypatch.chdir("/")
+    assert load_mixture(tmp_path / out / "mixture.yaml").spec.source == (str(folder),)
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    import platform
+    import subprocess
+    import sys
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".out.partial-{platform.node()}-{dead.pid}"
+    left.mkdir()
+    with new_folder(tmp_path / "out"):
+        assert not left.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -50,13 +50,17 @@ def test_folders_are_relative_to_the_mixture_file(tmp_path):
         ("source: a\nranks: {math: {gate: 1}}", "unknown projection 'gate'"),
         ("source: a\nranks: {math: {gate_proj: 1}}", "missing: up_proj, down_proj"),
         ("source: a\nranks: {math: {gate_proj: drop, up_proj: 1, down_proj: 1}}", "ranks.math.gate_proj"),
-        ("source: a\nranks: [math]", "ranks is a mapping"),
+        ("source: a\nranks: [math]", "ranks: a mapping"),
         ("source: a\nactive: 0", "active: .* integer >= 1, got 0"),
         ("source: a\nactive: 1.5", "got 1.5"),
         ("source: a\nexperts: [public, public]", "unique"),
         ("source: a\nexperts: [public, 'a/b']", "only letters"),
         ("source: 7", "source is a string or a list"),
         ("source: [a: b", "not a YAML mixture file"),
+        ("source: a\nranks: {math: 4, math: 8}", "'math' is given twice"),
+        ("source: a\nranks: []", "ranks: a mapping"),
+        ("source: a\nexperts: 5", "expert names are a list"),
+        ("store: 5", "store: the folder of a store is a string"),
     ],
 )
 def test_a_bad_mixture_file_is_refused_in_one_line(tmp_path, text, message):
@@ -71,6 +75,7 @@ def test_a_bad_mixture_file_is_refused_in_one_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        (MixtureSpec(ranks={1: 3}), "unknown expert 1"),
         (MixtureSpec(ranks={"maths": 3}), "unknown expert 'maths'; did you mean math"),
         (MixtureSpec(ranks={"public": 3}), "the public expert is the base"),
         (MixtureSpec(ranks={"public": DROP}), "the public expert is the base"),

@@ -21,7 +21,9 @@ def zoo_path(name: str = "nano") -> Path:
         UsageError: there is no mixture of that name.
     """
     if name not in _FOLDERS:
-        raise UsageError(f"the zoo has no mixture {name!r}; it has {', '.join(_FOLDERS)}")
+        raise UsageError(
+            f"zoo://{name}: no such embedded mixture; there is {', '.join(f'zoo://{n}' for n in _FOLDERS)}"
+        )
     return _FOLDERS[name]
 
 
