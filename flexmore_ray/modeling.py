@@ -45,6 +45,7 @@ from flexmore_ray.spec import PROJECTIONS
 
 Activation = Callable[[Tensor], Tensor]
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_NOT_WHEN_RESOLVED = ("device_map", "quantization_config", "subfolder", "tp_plan")
 DENSE = 0
 """In ``expert_ranks``: the expert has its own full-size matrices."""
 
@@ -364,10 +365,10 @@ class FlexMoreForCausalLM(FlexMorePreTrainedModel, FlexOlmoForCausalLM):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         from flexmore_ray.mixture import load_mixture
 
-        if unknown := set(kwargs) - {"config", "dtype", "torch_dtype"}:
+        if given := [name for name in _NOT_WHEN_RESOLVED if kwargs.get(name)]:
             raise UsageError(
                 f"{pretrained_model_name_or_path}: its experts correct one another and are resolved on loading, which "
-                f"knows dtype alone, got {', '.join(sorted(unknown))}; use flexmore_ray.load_mixture"
+                f"does not know {', '.join(given)}; use flexmore_ray.load_mixture"
             )
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
         return load_mixture(str(pretrained_model_name_or_path), dtype=config.dtype if dtype == "auto" else dtype).model
