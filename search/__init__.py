@@ -1,0 +1,1 @@
+"""Rank search: the best mixture under a parameter budget. Nothing here yet."""

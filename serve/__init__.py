@@ -1,0 +1,1 @@
+"""Serving a mixture over HTTP. Nothing here yet."""
