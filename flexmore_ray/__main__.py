@@ -250,13 +250,14 @@ def _describe_store(store: FactorStore, source: Source) -> Result:
 
 def run_eval(args: argparse.Namespace) -> Result:
     """Score one mixture; cells that the results folder has already are not computed again."""
-    from flexmore_ray.evaluate import evaluate, score_table, summarise
+    from flexmore_ray.evaluate import evaluate, score_table, summarise, use_few_threads
     from flexmore_ray.mixture import load_mixture
     from flexmore_ray.scores import load_tasks
 
     tasks = load_tasks(args.tasks, split=args.split, limit=args.limit)
     mixture = load_mixture(args.mixture, device=args.device, dtype=args.dtype, experts=args.experts)
     _say_what_ranks_mean(mixture.given_spec, mixture.shape)
+    use_few_threads(mixture.shape.hidden_size)
     results = Path(args.results)
     cells = list(progress(evaluate(mixture, tasks, results), len(tasks.tasks), "scoring"))
     count = mixture.count()

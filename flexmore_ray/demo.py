@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flexmore_ray.budget import allocate_entropy, allocate_optimal, format_count
-from flexmore_ray.evaluate import evaluate, summarise
+from flexmore_ray.evaluate import evaluate, summarise, use_few_threads
 from flexmore_ray.export import export_mixture
 from flexmore_ray.harness import MixtureLM
 from flexmore_ray.mixture import load_mixture, open_mixture
@@ -45,6 +45,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         out: folder for the store, the results, the mixture files, the table and an exported model.
     """
     source = open_source([SOURCE])
+    use_few_threads(source.shape.hidden_size)
     print(f"{SOURCE}: {len(source.experts)} experts ({', '.join(source.experts)}), {source.shape.num_layers} layers")
     store = decompose(source, out / "store")
     print(f"\nShare of each delta's energy that a rank keeps (mean over matrices; full rank {source.shape.full_rank})")

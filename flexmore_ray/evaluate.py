@@ -7,10 +7,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexmore_ray.harness import MixtureLM
 from flexmore_ray.mixture import Mixture
 from flexmore_ray.results import CellKey, commit_cell, has_cell, read_cell
 from flexmore_ray.scores import PreparedTask, TaskSet
+
+
+SMALL_HIDDEN_SIZE = 512
+
+
+def use_few_threads(hidden_size: int) -> None:
+    """Compute with one thread in this process if the model is small.
+
+    Two threads gain little on small matrices, and where another process wants the same cores they
+    spend their time waiting for each other: five times slower was seen.
+    """
+    if hidden_size < SMALL_HIDDEN_SIZE:
+        torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
