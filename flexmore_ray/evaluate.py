@@ -14,7 +14,6 @@ from flexmore_ray.mixture import Mixture
 from flexmore_ray.results import CellKey, commit_cell, has_cell, read_cell
 from flexmore_ray.scores import PreparedTask, TaskSet
 
-
 SMALL_HIDDEN_SIZE = 512
 
 
