@@ -243,3 +243,23 @@ def test_the_cache_is_filled_in_one_pass(folder, monkeypatch, tmp_path):
     ranks = {"math": {"gate_proj": [2, 4], "up_proj": [6, 8], "down_proj": 10}, "news": 21, "code": "drop"}
     load_mixture(_spec(folder, ranks, 2))
     assert calls == [21]
+
+
+@pytest.mark.parametrize("active", [2, 4, 7])
+@pytest.mark.parametrize("rank", ["full", 8])
+def test_the_embedded_mixture_equals_transformers_flexolmo(rank, active):
+    from transformers import FlexOlmoForCausalLM
+
+    from flexmore_ray.zoo import zoo_path
+
+    reference = FlexOlmoForCausalLM.from_pretrained(zoo_path("nano"), dtype=torch.float32).eval()
+    if rank != "full":
+        reference = common.truncated(reference, dict.fromkeys(range(1, 7), rank))
+    common.set_active(reference, active)
+    names = ("math", "news", "academic", "code", "creative", "reddit")
+    mixture = load_mixture(MixtureSpec(source=("zoo://nano",), ranks=dict.fromkeys(names, rank), active=active))
+    generator = torch.Generator().manual_seed(active)
+    tokens = torch.randint(3, reference.config.vocab_size, (4, 40), generator=generator)
+    assert _difference(mixture.model, reference, tokens) < TOLERANCE
+    generate = {"max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(mixture.model.generate(tokens, **generate), reference.generate(tokens, **generate))

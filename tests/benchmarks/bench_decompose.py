@@ -43,7 +43,7 @@ def make_delta(spectrum: str, shape: tuple[int, int]) -> Tensor:
 
 def run(quick: bool = False) -> dict[str, Any]:
     """Measure every spectrum and rank and print a table; `quick` takes a small matrix and few repeats."""
-    shape, repeats = (QUICK_SHAPE, 3) if quick else (SHAPE, 5)
+    shape, repeats = (QUICK_SHAPE, 3) if quick else (SHAPE, 3)
     ranks = (None, 64, 16) if quick else (None, 256, 64)
     rows = [row for spectrum in ("power", "gaussian") for row in _compare(spectrum, shape, ranks, repeats)]
     result = {

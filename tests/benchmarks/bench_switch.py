@@ -58,8 +58,8 @@ class UnwrittenSource:
 
     def factors(self, key: MatrixKey, rank: int) -> Factors:
         out, columns = self.shape.matrix(key.projection)
-        empty = [torch.empty(rank, size, dtype=self.dtype) for size in (columns, out)]
-        return Factors(*empty)
+        # lora_b in the layout that a mixture gives it, so that nothing has to be written.
+        return Factors(torch.empty(rank, columns, dtype=self.dtype), torch.empty(out, rank, dtype=self.dtype).T)
 
 
 def run(quick: bool = False) -> dict[str, object]:
