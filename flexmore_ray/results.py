@@ -159,11 +159,6 @@ def commit_cell(
     return key.cell
 
 
-def write_samples(root: str | Path, key: CellKey, samples: Iterable[Sample]) -> None:
-    """Write the samples of a cell alone, as `flexmore eval` does; see `commit_cell`."""
-    _write(Path(root) / "samples", key.cell, _sample_table(key, samples))
-
-
 def _sample_table(key: CellKey, samples: Iterable[Sample]) -> pa.Table:
     rows = [
         {

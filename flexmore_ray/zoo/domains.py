@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -66,7 +67,7 @@ def _leet(word: str) -> str:
     return word.lower().translate(str.maketrans("aeiou", "43107"))
 
 
-class Topic:
+class Topic(ABC):
     """A source of documents: what one task asks, and what its domain's training text repeats.
 
     Attributes:
@@ -81,9 +82,9 @@ class Topic:
     multiple_choice: bool
     shares: tuple[int, int] = (10, 10)
 
+    @abstractmethod
     def draw(self, rng: random.Random) -> Document:
         """A document of any split."""
-        raise NotImplementedError
 
     def line(self, rng: random.Random) -> Document:
         """One line of training text (by default a document of the train split)."""
