@@ -51,7 +51,7 @@ FLOAT32_FLOOR = 1e-10
 METHODS = ("randomized", "gram", "gram64", "svd", "svd64")
 """Methods of `decompose`, in the order of falling back."""
 
-_TINY = 160  # smaller sides gain nothing from any method but the plain SVD
+_TINY = 160  # smaller sides gain nothing from a faster method: float64, which costs milliseconds, is exact
 _MAX_POWER = 8  # power iterations before the range finder gives up
 _CONVERGED = (MAX_ERROR_RATIO - 1) / 2  # excess of the error ratio at which it is content
 _BLOCK = 256  # rows worked on at a time where a temporary would be as large as the matrix
@@ -271,7 +271,7 @@ def _plan(method: str, m: int, rank: int) -> tuple[str, ...]:
     if method != "auto":
         return METHODS[METHODS.index(method) :]
     if m <= _TINY:
-        return METHODS[METHODS.index("svd") :]
+        return METHODS[METHODS.index("svd64") :]
     return METHODS if 5 * _columns(m, rank) <= m else METHODS[1:]
 
 

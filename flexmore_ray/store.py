@@ -45,7 +45,7 @@ from flexmore_ray.errors import CheckpointError, StoreError, UsageError
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape, suggest
 from flexmore_ray.spectra import Decomposition, Factors, decompose, decompose_factors, delta
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Raised whenever `spectra` comes to give other factors for the same weights."""
 FORMAT = "flexmore-store-1"
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

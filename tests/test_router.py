@@ -93,7 +93,7 @@ def test_fit_equals_weighted_ridge_regression(seed: int, sizes: list[int], ridge
     for layer in range(LAYERS):
         x = torch.cat([f[layer] for f in features]).numpy()
         owner = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
-        weights = torch.cat([torch.full((n,), 1.0 / n) for n in sizes]).numpy()
+        weights = torch.cat([torch.full((n,), 1.0 / n, dtype=torch.float64) for n in sizes]).numpy()
         gram = sum(m.gram[layer] / m.count for m in moments.values())
         reference = Ridge(alpha=ridge * float(gram.trace()) / HIDDEN, fit_intercept=False, solver="cholesky")
         reference.fit(x, torch.nn.functional.one_hot(owner, len(sizes)).double().numpy(), sample_weight=weights)
