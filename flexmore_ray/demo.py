@@ -1,4 +1,4 @@
-"""`flexmore demo`: the whole chain on the embedded mixture, from checkpoint to a table of what rank buys."""
+"""`flexmore demo`: the whole chain on the embedded mixture, from checkpoint to a report of what rank buys."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from typing import Any
 from tqdm import tqdm
 
 from flexmore_ray.budget import allocate_entropy, allocate_optimal, format_count
-from flexmore_ray.evaluate import evaluate, summarise, use_few_threads
+from flexmore_ray.build import build_store
+from flexmore_ray.errors import FlexmoreError
+from flexmore_ray.evaluate import Cell, summarise, use_few_threads
 from flexmore_ray.export import export_mixture
-from flexmore_ray.harness import MixtureLM
-from flexmore_ray.mixture import load_mixture, open_mixture
-from flexmore_ray.scores import load_tasks
+from flexmore_ray.grid import Grid, Options, run_grid
+from flexmore_ray.mixture import open_mixture
+from flexmore_ray.plan import Plan
+from flexmore_ray.report import write_report
+from flexmore_ray.results import read_cells
 from flexmore_ray.source import Source, open_source
 from flexmore_ray.spec import DROP, ExpertRank, MixtureSpec
 from flexmore_ray.spectra import energy_share
-from flexmore_ray.store import FactorStore, build_store
+from flexmore_ray.store import FactorStore
 from flexmore_ray.tables import columns, markdown
 
 SOURCE = "zoo://nano"
 SUITE = "nano"
 BUDGETS = (0.33, 0.5)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
+PAIR_RANKS = (4, 32, "full")
+LIMIT = 100
+"""Documents per task: half of what the suite has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +46,10 @@ class Row:
 
 
 def run_demo(out: Path) -> dict[str, Any]:
-    """Decompose, score, tabulate and export; what is already in `out` is not done again.
+    """Decompose, score on a local Ray, report and export; what is already in `out` is not done again.
 
     Args:
-        out: folder for the store, the results, the mixture files, the table and an exported model.
+        out: folder for the store, the results, the mixture files, the report and an exported model.
     """
     source = open_source([SOURCE])
     use_few_threads(source.shape.hidden_size)
@@ -54,11 +61,12 @@ def run_demo(out: Path) -> dict[str, Any]:
     (out / "mixtures").mkdir(parents=True, exist_ok=True)
     for name, spec in specs.items():
         spec.save(out / "mixtures" / f"{name}.yaml")
-    rows = score(specs, out / "results")
+    rows = score(specs, out)
     table = score_columns(rows)
-    print(f"\nScores in percent on the validation split of the suite {SUITE}")
+    print(f"\nScores in percent on {LIMIT} documents of each task of the suite {SUITE} (validation split)")
     print(columns(table))
     (out / "table.md").write_text(markdown(table), encoding="utf-8")
+    write_report(out / "results", out / "report")
     chosen = choose(rows, specs)
     model = out / f"model-{chosen}"
     if not model.exists():
@@ -111,19 +119,32 @@ def mixtures(source: Source, store: FactorStore, folder: Path) -> dict[str, Mixt
     return named
 
 
-def score(specs: Mapping[str, MixtureSpec], results: Path) -> list[Row]:
-    """Score all mixtures with one model in memory whose ranks are switched in place."""
-    tasks = load_tasks(SUITE, split="validation")
-    first = next(iter(specs.values()))
-    mixture = load_mixture(first)
-    lm = MixtureLM(mixture.model, mixture.tokenizer)
-    everything = dict.fromkeys(mixture.experts[1:], "full")
+def score(specs: Mapping[str, MixtureSpec], out: Path) -> list[Row]:
+    """Score all mixtures, and each expert alone at some ranks for the report, as one grid on a local Ray."""
+    named = [{"name": name, "ranks": dict(spec.ranks), "active": spec.active} for name, spec in specs.items()]
+    entries: tuple[dict[str, Any], ...] = (*named, {"pairs": list(PAIR_RANKS)})
+    plan = Plan(name="demo", source=(SOURCE,), tasks=(SUITE,), limit=LIMIT, mixtures=entries)
+    grid = Grid(plan, out / "results", Options(store=out / "store"))
+    counts = grid.summary()
+    print(
+        f"\ngrid: {counts['mixtures']} mixtures ({counts['distinct_mixtures']} distinct) x {len(counts['documents'])} "
+        f"tasks = {counts['cells']} cells, {counts['missing']} of them to compute"
+    )
+    outcome = run_grid(grid)
+    if outcome.failed:
+        raise FlexmoreError(f"cells failed: {outcome.failed}")
+    print(f"{outcome.computed} cells computed in {outcome.seconds:.0f} s")
+    cells: dict[str, list[Cell]] = {}
+    for row in read_cells(grid.results).to_pylist():
+        cell = Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})
+        cells.setdefault(row["mixture_id"], []).append(cell)
+    order = {name: index for index, name in enumerate(grid.tasks.tasks)}
     rows = []
-    for name, spec in tqdm(specs.items(), desc="scoring", disable=None, leave=False):
-        mixture.switch(everything | dict(spec.ranks), spec.active)
-        summary = summarise(evaluate(mixture, tasks, results, lm))
-        count = mixture.count()
-        rows.append(Row(name, count.total, count.ratio, summary["score"], summary["groups"]))
+    for mixture in (mixture for mixture in grid.mixtures if mixture.name in specs):
+        of_mixture = sorted(cells[mixture.mixture_id], key=lambda cell: order.get(cell.task, len(order)))
+        summary = summarise(of_mixture)
+        ratio = mixture.parameters / mixture.full_parameters
+        rows.append(Row(mixture.name, mixture.parameters, ratio, summary["score"], summary["groups"]))
     return rows
 
 
@@ -149,6 +170,7 @@ def say_where_to_look(out: Path, chosen: str) -> None:
     print(
         f"""
 Written
+  {out}/report/        report.html: the analysis with figures (also report.md)
   {out}/table.md       this table
   {out}/mixtures/      a mixture file for each row
   {out}/store/         spectra and factors of every expert
@@ -157,6 +179,6 @@ Written
 
 Next
   flexmore eval {mixture} --tasks {SUITE} --split test
-  flexmore params {mixture}
+  flexmore grid --preset paper --source {SOURCE} --tasks {SUITE} --results grid   (10 minutes: the whole 150 mixtures)
   flexmore export {mixture} --format flexolmo --out dense"""
     )

@@ -81,6 +81,7 @@ def evaluate(mixture: Mixture, tasks: TaskSet, results: Path, lm: MixtureLM | No
                 mixture=mixture.spec.to_dict(),
                 active=mixture.assignment.active,
                 parameters=mixture.count().total,
+                weights=mixture.weights,
             )
         row = read_cell(results, key)
         yield Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})

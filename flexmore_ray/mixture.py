@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
 
 from flexmore_ray.budget import ParameterCount, count_parameters
+from flexmore_ray.build import build_store
 from flexmore_ray.checkpoint import (
     DTYPES,
     shared_tensors,
@@ -31,7 +32,7 @@ from flexmore_ray.modeling import DENSE, FlexMoreConfig, FlexMoreExpert, FlexMor
 from flexmore_ray.source import Source, open_source
 from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape
 from flexmore_ray.spectra import Factors
-from flexmore_ray.store import FactorSource, build_store, open_store, parse_device
+from flexmore_ray.store import FactorSource, open_store, parse_device
 
 _OUTPUT_CONFIG = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "hidden_act"),
@@ -81,14 +82,15 @@ class CachedFactors:
         """Factors of one matrix at `rank`; decomposes the source where that is more than is held."""
         if self._store is None or self._store.max_rank(key) < rank:
             self.rank = max(self.rank, rank)
-            self._store = build_store(self.source, cache_folder() / self._name, max_rank=self.rank)
+            self._store = build_store(self.source, self.folder, max_rank=self.rank)
         return self._store.factors(key, rank)
 
     @functools.cached_property
-    def _name(self) -> str:
+    def folder(self) -> Path:
+        """The store's folder, named after the weights."""
         keys = [key for name in self.source.experts for key in self.source.shape.keys(name)]
         content = [self.source.digest(key) for key in keys]
-        return hashlib.sha256("".join([*self.source.experts, *content]).encode()).hexdigest()[:16]
+        return cache_folder() / hashlib.sha256("".join([*self.source.experts, *content]).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +130,16 @@ class Parts:
     def identified(self) -> MixtureSpec:
         """The spec with its `mixture_id`, which reads (and hashes) the weights of all kept experts."""
         digests = {name: self.source.expert_digest(name) for name in self.assignment.ranks}
-        config = FlexMoreConfig(**_trunk_config(self.source), num_experts=1, num_experts_per_tok=1).to_dict()
-        others = [config.get(key) for key in _OUTPUT_CONFIG]
-        tokenizer = self.source.trunk.folder / "tokenizer.json"
-        others.append(hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None)
+        others = list(_output_settings(self.source))
         others.append(str(self.factors.dtype) if self.uses_factors else None)
         digests["shared"] = f"{self.source.shared_digest} {json.dumps(others, sort_keys=True)}"
         return dataclasses.replace(self.spec, mixture_id=self.assignment.mixture_id(digests))
+
+    @property
+    def weights(self) -> str:
+        """Hash of what all experts of the source are corrections of: the shared tensors and the public expert."""
+        content = [self.source.shared_digest, self.source.expert_digest(self.source.experts[0])]
+        return hashlib.sha256("".join(content).encode()).hexdigest()[:16]
 
     @property
     def uses_factors(self) -> bool:
@@ -232,6 +237,11 @@ class Mixture:
     def given_spec(self) -> MixtureSpec:
         """The current spec as it was given, without the `mixture_id`, which takes reading all weights."""
         return self._parts.spec
+
+    @property
+    def weights(self) -> str:
+        """Hash of the shared tensors and the public expert; see `Parts.weights`."""
+        return self._parts.weights
 
     @property
     def shape(self) -> ModelShape:
@@ -428,6 +438,15 @@ def rank_config(assignment: Assignment) -> dict[str, Any]:
         "expert_rank_pattern": pattern or None,
         "expert_names": list(assignment.ranks),
     }
+
+
+@functools.lru_cache(maxsize=8)
+def _output_settings(source: Source) -> tuple[Any, ...]:
+    """What besides weights and ranks decides the outputs of a source's mixtures."""
+    config = FlexMoreConfig(**_trunk_config(source), num_experts=1, num_experts_per_tok=1).to_dict()
+    tokenizer = source.trunk.folder / "tokenizer.json"
+    text = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None
+    return (*(config.get(key) for key in _OUTPUT_CONFIG), text)
 
 
 def _trunk_config(source: Source) -> dict[str, Any]:

@@ -11,10 +11,10 @@ truth; there is no index and no lock, and two workers that finish the same cell 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flexmore_ray.atomic import write_file
 from flexmore_ray.errors import FlexmoreError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class CellKey:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on; one that is not installed is left out."""
     versions = {}
@@ -117,6 +119,7 @@ def commit_cell(
     mixture: Mapping[str, Any],
     active: int,
     parameters: int,
+    weights: str = "",
     group: str | None = None,
     error: str | None = None,
 ) -> str:
@@ -129,6 +132,7 @@ def commit_cell(
         mixture: The mixture's description.
         active: Experts chosen per token.
         parameters: Total parameters of the mixture.
+        weights: `Parts.weights`, which tells apart results of sources that share expert names; empty: not known.
         group: Group of the task; None: the score's.
         error: Why the cell failed, one line; None if it did not.
 
@@ -150,7 +154,9 @@ def commit_cell(
         "split": key.split,
         "status": FAILED if score is None else DONE,
         "error": error,
-        "versions": json.dumps({"identity": dataclasses.asdict(key), "libraries": library_versions()}),
+        "versions": json.dumps(
+            {"identity": dataclasses.asdict(key), "libraries": library_versions(), "weights": weights}
+        ),
         "cell": key.cell,
     }
     if score is not None:
@@ -180,31 +186,13 @@ def _sample_table(key: CellKey, samples: Iterable[Sample]) -> pa.Table:
 def _write(folder: Path, name: str, table: pa.Table) -> None:
     """Write a table so that `{name}.parquet` has all of it or is not there."""
     final = folder / f"{name}.parquet"
-    temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(folder)
+        write_file(final, lambda file: pq.write_table(table, file))
     except OSError as error:
         raise FlexmoreError(
             f"cannot write results to {final}: {error.strerror or error}; free space or choose another folder"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -216,6 +204,24 @@ def has_cell(root: str | Path, key: CellKey) -> bool:
     return path.exists() and read_cell(root, key)["status"] == DONE
 
 
+def done_cells(root: str | Path, cells: Iterable[str]) -> set[str]:
+    """Those of some cells (hashes) that are there and did not fail.
+
+    Raises:
+        FlexmoreError: The folder cannot be read, or a file in it is damaged (named).
+    """
+    folder = Path(root) / "cells"
+    try:
+        there = {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise FlexmoreError(f"results: {folder} cannot be read: {error.strerror}") from error
+    found = [cell for cell in cells if f"{cell}.parquet" in there]
+    status = _read([folder / f"{cell}.parquet" for cell in found], pa.schema([("status", pa.string())]))["status"]
+    return {cell for cell, value in zip(found, status.to_pylist(), strict=True) if value == DONE}
+
+
 def read_cell(root: str | Path, key: CellKey) -> dict[str, Any]:
     """One cell as a row: the columns of `CELL_SCHEMA` by name.
 
@@ -225,13 +231,15 @@ def read_cell(root: str | Path, key: CellKey) -> dict[str, Any]:
     return _read([Path(root) / "cells" / f"{key.cell}.parquet"], CELL_SCHEMA).to_pylist()[0]
 
 
-def read_cells(root: str | Path) -> pa.Table:
-    """All cells of a results folder in the order of their hashes; none if there is no such folder.
+def read_cells(root: str | Path, cells: Iterable[str] | None = None) -> pa.Table:
+    """Some cells (hashes) of a results folder, or all, in the order of their hashes; none if there is no such folder.
 
     Raises:
         FlexmoreError: A file is damaged (named).
     """
-    return _read(sorted((Path(root) / "cells").glob("[!.]*.parquet")), CELL_SCHEMA)
+    folder = Path(root) / "cells"
+    names = [folder / f"{cell}.parquet" for cell in cells] if cells is not None else folder.glob("[!.]*.parquet")
+    return _read(sorted(names), CELL_SCHEMA)
 
 
 def read_samples(root: str | Path, cells: Sequence[str] | None = None) -> pa.Table:
@@ -252,7 +260,7 @@ def _read(paths: Sequence[Path], schema: pa.Schema) -> pa.Table:
     tables = []
     for path in paths:
         try:
-            tables.append(pq.ParquetFile(path).read().select(schema.names).cast(schema))
+            tables.append(pq.ParquetFile(path).read(schema.names).select(schema.names).cast(schema))
         except (OSError, KeyError, ValueError) as error:
             raise FlexmoreError(
                 f"results file {path} cannot be read ({' '.join(str(error).split())}); delete it to compute it again"

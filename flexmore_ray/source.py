@@ -51,6 +51,7 @@ class Source:
         self._slots = dict(slots)
         self._origin = list(origin)
         self._digests: dict[MatrixKey, str] = {}
+        self._expert_digests: dict[str, str] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -163,9 +164,11 @@ class Source:
 
     def expert_digest(self, name: str) -> str:
         """SHA-256 of one expert: its matrices and router rows."""
-        rows = digest(self.router_row(name, layer) for layer in range(self.shape.num_layers))
-        matrices = [self.digest(key) for key in self.shape.keys(name)]
-        return hashlib.sha256("".join([rows, *matrices]).encode()).hexdigest()
+        if name not in self._expert_digests:
+            rows = digest(self.router_row(name, layer) for layer in range(self.shape.num_layers))
+            matrices = [self.digest(key) for key in self.shape.keys(name)]
+            self._expert_digests[name] = hashlib.sha256("".join([rows, *matrices]).encode()).hexdigest()
+        return self._expert_digests[name]
 
     def check(self) -> Iterator[str]:
         """Read every tensor once, checking that it is finite; yields the name of each part done.

@@ -15,50 +15,37 @@ write into one folder. Both factors are rank-major: a lower rank is a prefix of 
 
 What is checked when: every read compares the rows it returns with their checksums; opening a
 store checks the manifest; `FactorStore.verify` reads everything and compares SHA-256.
+
+This file reads; `flexmore_ray.build` writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
-import os
-import resource
-import sys
-import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexmore_ray.errors import CheckpointError, StoreError, UsageError
-from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape, suggest
-from flexmore_ray.spectra import Decomposition, Factors, decompose, decompose_factors, delta
+from flexmore_ray.errors import StoreError, UsageError
+from flexmore_ray.spec import MatrixKey, ModelShape
+from flexmore_ray.spectra import Factors
 
 ALGORITHM_VERSION = 2
 """Raised whenever `spectra` comes to give other factors for the same weights."""
 FORMAT = "flexmore-store-1"
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_TAGS = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-_ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 Progress = Callable[[int, int, str], None]
 """Called after each matrix with: matrices done, matrices in all, what was done."""
@@ -152,11 +139,11 @@ class FactorStore:
     def __init__(self, folder: Path, decomposed: int = 0) -> None:
         self.folder = folder
         self.decomposed = decomposed
-        self._load(_read_manifest(folder))
+        self._load(read_manifest(folder))
 
     def _load(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
-        self._entries = {entry.key: entry for entry in _entries(manifest)}
+        self._entries = {entry.key: entry for entry in read_entries(manifest)}
         self.__dict__.pop("_spectra", None)
 
     @property
@@ -218,9 +205,9 @@ class FactorStore:
                 f"extend it with: flexmore decompose ... --store {self.folder} --max-rank {rank}"
             )
         if not (self.folder / entry.file).exists():
-            self._load(_read_manifest(self.folder))  # another process has extended the store meanwhile
+            self._load(read_manifest(self.folder))  # another process has extended the store meanwhile
             entry = self.entry(key)
-        return _read_factors(self.folder / entry.file, min(rank, entry.rank))
+        return read_factors(self.folder / entry.file, min(rank, entry.rank))
 
     def check_source(self, source: WeightSource) -> None:
         """Make sure that the store was made from a source's weights, as far as it covers them.
@@ -242,7 +229,7 @@ class FactorStore:
         for done, (name, (size, sha256)) in enumerate(files.items(), 1):
             path = self.folder / name
             _check_size(path, size)
-            if _file_sha256(path) != sha256:
+            if file_sha256(path) != sha256:
                 raise StoreError(f"{path}: damaged, its SHA-256 is not the manifest's; {_REDO}")
             if progress:
                 progress(done, len(files), f"checked {name}")
@@ -252,7 +239,7 @@ class FactorStore:
         about = self.manifest["spectra"]
         path = self.folder / about["file"]
         _check_size(path, about["size"])
-        if _file_sha256(path) != about["sha256"]:
+        if file_sha256(path) != about["sha256"]:
             raise StoreError(f"{path}: damaged, its SHA-256 is not the manifest's; {_REDO}")
         rows = pq.read_table(path).to_pylist()
         return {
@@ -295,335 +282,98 @@ def check_digests(folder: Path, entries: Iterable[Entry], source: WeightSource) 
 _ELSEWHERE = "name another folder with --store"
 
 
-def _read_factors(path: Path, rank: int) -> Factors:
-    with _opened(path) as file:
+def read_factors(path: Path, rank: int) -> Factors:
+    """The leading `rank` rows of the factors in a file, compared with their checksums; reads no more than these.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    with opened(path) as file:
         a, bt = (file.get_slice(name)[:rank] for name in ("a", "bt"))
         checksums = file.get_slice("row_checksums")[:rank]
-    _check_rows(path, a, bt, checksums)
+    check_rows(path, a, bt, checksums)
     return Factors(a, bt)
 
 
-def _check_rows(path: Path, a: Tensor, bt: Tensor, checksums: Tensor) -> None:
-    if not torch.equal(_row_checksums(a, bt), checksums):
+def read_spectrum(path: Path) -> Tensor:
+    """Singular values in a file of factors, float64, largest first.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    with opened(path) as file:
+        return file.get_tensor("singular_values")
+
+
+def check_rows(path: Path, a: Tensor, bt: Tensor, checksums: Tensor) -> None:
+    """Compare rows of factors with their checksums.
+
+    Args:
+        path: where they were read, for the message.
+        a: (rank, in).
+        bt: (rank, out).
+        checksums: (rank, 2), see `row_checksums`.
+
+    Raises:
+        StoreError: they differ.
+    """
+    if not torch.equal(row_checksums(a, bt), checksums):
         raise StoreError(f"{path}: damaged, rows of the factors do not match their checksums; {_REDO}")
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A file of factors, open for reading; errors name it and say what to do."""
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except FileNotFoundError:
         raise StoreError(f"{path}: missing, though the manifest names it; run flexmore decompose again") from None
     except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path}: damaged or not readable ({_one_line(error)}); {_REDO}") from None
+        raise StoreError(f"{path}: damaged or not readable ({one_line(error)}); {_REDO}") from None
 
 
 def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise StoreError(f"{path}: {_one_line(error)}; run flexmore decompose again") from None
+        raise StoreError(f"{path}: {one_line(error)}; run flexmore decompose again") from None
     if found != size:
         raise StoreError(f"{path}: damaged, {found:,} bytes where the manifest says {size:,}; {_REDO}")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished store.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(
-            f"{folder}: no {_MANIFEST}, so not a store, or one whose decomposition did not finish; "
+            f"{folder}: no {MANIFEST}, so not a store, or one whose decomposition did not finish; "
             f"start or continue it with: flexmore decompose ... --store {folder}"
         ) from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: damaged ({_one_line(error)}); {_REDO}") from None
+        raise StoreError(f"{path}: damaged ({one_line(error)}); {_REDO}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path}: not the manifest of a store of format {FORMAT}; name another folder with --store")
-    if manifest.get("checksum") != _manifest_checksum(manifest):
+    if manifest.get("checksum") != manifest_checksum(manifest):
         raise StoreError(f"{path}: damaged or edited, its checksum does not match; {_REDO}")
     return manifest
 
 
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _entries(manifest: Mapping[str, Any]) -> list[Entry]:
+def read_entries(manifest: Mapping[str, Any]) -> list[Entry]:
+    """The rows of a manifest."""
     return [Entry(**row) for row in manifest["entries"]]
-
-
-# --------------------------------------------------------------------------------- writing
-
-
-class StoreWriter:
-    """Adds deltas to a folder, one whole file at a time, and makes a store of them.
-
-    Any number of processes may each have a writer on the same folder. `put` as often as needed,
-    anywhere; then `commit` the entries in one place.
-
-    Args:
-        folder: made if it is missing.
-        dtype: of the stored factors, a key of `STORE_DTYPES`.
-
-    Raises:
-        StoreError: the folder cannot be written, or holds a store of another dtype.
-        UsageError: an unknown dtype.
-    """
-
-    def __init__(self, folder: str | Path, dtype: str = "float32") -> None:
-        if dtype not in STORE_DTYPES:
-            raise UsageError(f"dtype: unknown {dtype!r}; {suggest(dtype, tuple(STORE_DTYPES))}")
-        self.folder = Path(folder)
-        self.dtype = dtype
-        with _writing(self.folder):
-            (self.folder / "factors").mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.folder)
-        self.committed = self._read_committed()
-
-    def _read_committed(self) -> dict[str, Any] | None:
-        if not (self.folder / _MANIFEST).exists():
-            return None
-        manifest = _read_manifest(self.folder)
-        if manifest["dtype"] != self.dtype:
-            raise StoreError(
-                f"{self.folder}: holds factors in {manifest['dtype']}, asked for {self.dtype}; "
-                "a store has one dtype, name another folder with --store"
-            )
-        return manifest
-
-    def stem(self, expert_digest: str, public_digest: str) -> str:
-        """Name that files of this pair of matrices begin with."""
-        content = [ALGORITHM_VERSION, expert_digest, public_digest, self.dtype]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
-
-    def find(
-        self, key: MatrixKey, rank: int, expert_digest: str, public_digest: str, *, thorough: bool = False
-    ) -> Entry | None:
-        """The entry of a delta that is there already, at `rank` or higher; None if it is not.
-
-        A file that the manifest names is checked by its size, one that it does not name (left by
-        a run that did not finish) is read and checked in full; a damaged one counts as not there.
-
-        Args:
-            key: what to call the matrix in the entry.
-            rank: lowest rank that will do.
-            expert_digest: SHA-256 of the expert's matrix.
-            public_digest: SHA-256 of the public expert's matrix.
-            thorough: check files that the manifest names in full, too.
-        """
-        known = {} if thorough else {entry.file: entry for entry in _entries(self.committed or {"entries": []})}
-        stem = self.stem(expert_digest, public_digest)
-        for path in sorted((self.folder / "factors").glob(f"{stem}-r*.safetensors"), reverse=True):
-            if int(path.stem.rpartition("-r")[2]) < rank:
-                break
-            name = str(path.relative_to(self.folder))
-            if name in known and path.stat().st_size == known[name].size:
-                return dataclasses.replace(known[name], **key._asdict())
-            entry = _check_file(self.folder, name, key)
-            if entry and (entry.expert_digest, entry.public_digest) == (expert_digest, public_digest):
-                return entry
-        return None
-
-    def put(self, key: MatrixKey, result: Decomposition, expert_digest: str, public_digest: str) -> Entry:
-        """Write one delta's factors and spectrum; visible only when whole.
-
-        Args:
-            key: what to call the matrix in the entry.
-            result: factors up to the rank to hold.
-            expert_digest: SHA-256 of the expert's matrix.
-            public_digest: SHA-256 of the public expert's matrix.
-
-        Raises:
-            StoreError: the disk is full or the folder cannot be written, or the factors
-                overflow the store's dtype.
-        """
-        dtype = STORE_DTYPES[self.dtype]
-        a, bt = (tensor.to("cpu", dtype).contiguous() for tensor in (result.factors.a, result.factors.bt))
-        if not (bool(a.isfinite().all()) and bool(bt.isfinite().all())):
-            raise StoreError(f"{key}: its factors overflow {self.dtype}; store them with --dtype float32")
-        about: dict[str, Any] = {
-            "rank": result.factors.rank,
-            "expert_digest": expert_digest,
-            "public_digest": public_digest,
-            "method": result.method,
-            "rejected": list(result.rejected),
-            "error_ratio": result.error_ratio,
-            "residual_energy": result.residual_energy,
-        }
-        values = result.singular_values.to("cpu", torch.float64).contiguous()
-        tensors = {"a": a, "bt": bt, "singular_values": values, "row_checksums": _row_checksums(a, bt)}
-        name = f"factors/{self.stem(expert_digest, public_digest)}-r{result.factors.rank:06d}.safetensors"
-        size, sha256 = _write_whole(self.folder / name, lambda file: _write_safetensors(file, tensors, about))
-        return Entry(**key._asdict(), file=name, size=size, sha256=sha256, **about)
-
-    def commit(self, entries: Iterable[Entry], source: WeightSource) -> FactorStore:
-        """Write spectra and manifest over these entries and those that the folder's store has.
-
-        A store that already says all this is left untouched.
-
-        Raises:
-            StoreError: the folder's store is of other weights, or cannot be written.
-        """
-        with _writing(self.folder), _locked(self.folder):
-            before = self._read_committed()
-            old = {entry.key: entry for entry in _entries(before)} if before else {}
-            check_digests(self.folder, old.values(), source)
-            current = before is not None and before["algorithm_version"] == ALGORITHM_VERSION
-            new = old | {e.key: e for e in entries if not (current and e.key in old and self._serves(old[e.key], e))}
-            manifest = self._manifest(new, before, source)
-            if before is None or _content(manifest) != _content(before):
-                self._write_manifest(manifest, new)
-                _remove_superseded(self.folder, old, new)
-        return FactorStore(self.folder)
-
-    def _serves(self, old: Entry, new: Entry) -> bool:
-        """Whether what the manifest says of a matrix may stay, though `new` is there as well."""
-        path = self.folder / old.file
-        return old.file != new.file and old.rank >= new.rank and path.exists() and path.stat().st_size == old.size
-
-    def _manifest(
-        self, entries: Mapping[MatrixKey, Entry], before: dict[str, Any] | None, source: WeightSource
-    ) -> dict[str, Any]:
-        experts, sources = list(source.experts), source.describe()
-        if before and not set(before["experts"]) <= set(experts):
-            experts = list(dict.fromkeys([*before["experts"], *experts]))
-            sources = _join_sources(before["sources"], sources)
-        order = sorted(
-            entries, key=lambda key: (experts.index(key.expert), key.layer, PROJECTIONS.index(key.projection))
-        )
-        return {
-            "format": FORMAT,
-            "algorithm_version": ALGORITHM_VERSION,
-            "dtype": self.dtype,
-            "sources": sources,
-            "experts": experts,
-            "entries": [dataclasses.asdict(entries[key]) for key in order],
-        }
-
-    def _write_manifest(self, manifest: dict[str, Any], entries: Mapping[MatrixKey, Entry]) -> None:
-        table = _spectra_table(self.folder, [entries[entry.key] for entry in _entries(manifest)])
-        temporary = f"spectra-{uuid.uuid4().hex}.parquet"
-        size, sha256 = _write_whole(self.folder / f".{temporary}", lambda file: pq.write_table(table, file))
-        name = f"spectra-{sha256[:16]}.parquet"
-        os.replace(self.folder / f".{temporary}", self.folder / name)
-        manifest["spectra"] = {"file": name, "size": size, "sha256": sha256}
-        manifest["peak_memory_bytes"] = _peak_memory()
-        manifest["checksum"] = _manifest_checksum(manifest)
-        text = json.dumps(manifest, indent=1).encode()
-        _write_whole(self.folder / _MANIFEST, lambda file: file.write(text))
-        for path in self.folder.glob("spectra-*.parquet"):
-            if path.name != name:
-                path.unlink(missing_ok=True)
-
-
-def build_store(
-    source: WeightSource,
-    folder: str | Path,
-    *,
-    max_rank: int | None = None,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    thorough: bool = False,
-    progress: Progress | None = None,
-) -> FactorStore:
-    """Decompose every delta of a source's domain experts into a store, or finish or extend one.
-
-    What the folder holds already, at this rank or a higher one, is not computed again; where it
-    holds everything, nothing is written and the result's `decomposed` is 0.
-
-    Args:
-        source: the experts.
-        folder: the store; made if it is missing.
-        max_rank: highest rank to hold, inclusive; None means the full rank of every matrix.
-        dtype: of the stored factors: float32, bfloat16 or float16.
-        device: where to decompose.
-        thorough: read files that the manifest names in full to see whether they are still good.
-        progress: told of every matrix.
-
-    Raises:
-        StoreError: the folder cannot be written, or holds a store of other weights or dtype.
-        CheckpointError: a weight has NaN or infinity; names the matrix.
-        UsageError: a bad rank, dtype or device.
-    """
-    if max_rank is not None and max_rank < 1:
-        raise UsageError(f"--max-rank: an integer >= 1, or none for the full rank, got {max_rank}")
-    place = parse_device(device)
-    writer = StoreWriter(folder, dtype)
-    if writer.committed:
-        check_digests(writer.folder, _entries(writer.committed), source)
-    keys = _keys(source)
-    entries, decomposed = [], 0
-    for done, key in enumerate(keys, 1):
-        digests = source.digest(key), source.digest(key._replace(expert=source.experts[0]))
-        entry = writer.find(key, _target_rank(source, key, max_rank), *digests, thorough=thorough)
-        action = "kept"
-        if entry is None:
-            entry = writer.put(key, decompose_matrix(source, key, max_rank, place), *digests)
-            decomposed, action = decomposed + 1, f"decomposed ({entry.method})"
-        entries.append(entry)
-        if progress:
-            progress(done, len(keys), f"{action} {key}")
-    store = writer.commit(entries, source)
-    store.decomposed = decomposed
-    return store
-
-
-def decompose_matrix(
-    source: WeightSource, key: MatrixKey, max_rank: int | None = None, device: str | torch.device = "cpu"
-) -> Decomposition:
-    """Decompose one delta of a source; a matrix born low-rank never becomes dense.
-
-    Args:
-        source: the experts.
-        key: a matrix of a domain expert.
-        max_rank: highest rank wanted; None means all.
-        device: where to compute.
-
-    Raises:
-        CheckpointError: NaN or infinity in the weights, or no method passed its check.
-    """
-    born = source.born_factors(key)
-    try:
-        if born is None:
-            public = source.weight(key._replace(expert=source.experts[0])).to(device)
-            return decompose(delta(source.weight(key).to(device), public), max_rank)
-        result = decompose_factors(born.a.to(device), born.bt.to(device))
-        return _truncated(result, min(max_rank or result.factors.rank, result.factors.rank))
-    except (ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{key}: {_one_line(error)}") from None
-
-
-def _truncated(result: Decomposition, rank: int) -> Decomposition:
-    cut = result.factors.truncate(rank)
-    return dataclasses.replace(result, factors=cut)
-
-
-def _keys(source: WeightSource) -> list[MatrixKey]:
-    """All deltas of a source; those of one public matrix follow each other."""
-    experts = source.experts[1:]
-    layers = range(source.shape.num_layers)
-    return [MatrixKey(e, layer, p) for layer in layers for p in PROJECTIONS for e in experts]
-
-
-def _join_sources(before: list[str], new: list[str]) -> list[str]:
-    """Sources of all experts: a new ``name=FOLDER`` takes the place of the old one of that name.
-
-    A folder that holds many experts stays, since what is new here are experts that it holds too.
-    """
-    if any("=" not in text for text in before):
-        return before
-    return list({text.partition("=")[0]: text for text in [*before, *new]}.values())
-
-
-def _target_rank(source: WeightSource, key: MatrixKey, max_rank: int | None) -> int:
-    """Rank that a complete answer holds: what is asked, but no more than the matrix has."""
-    born = source.born_factors(key)
-    full = min(source.shape.matrix(key.projection))
-    own = full if born is None else min(born.rank, full)
-    return own if max_rank is None else min(max_rank, own)
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -636,201 +386,34 @@ def parse_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device: {device} cannot be used here ({_one_line(error)})") from None
+        raise UsageError(f"--device: {device} cannot be used here ({one_line(error)})") from None
     return place
 
 
 # ------------------------------------------------------------------------------ file level
 
 
-def _row_checksums(a: Tensor, bt: Tensor) -> Tensor:
+def row_checksums(a: Tensor, bt: Tensor) -> Tensor:
     """CRC-32 of every row of both factors, (rank, 2)."""
-    columns = [[zlib.crc32(row) for row in _bytes(tensor)] for tensor in (a, bt)]
+    columns = [[zlib.crc32(row) for row in tensor_bytes(tensor)] for tensor in (a, bt)]
     return torch.tensor(columns, dtype=torch.int64).T.contiguous()
 
 
-def _bytes(tensor: Tensor) -> Any:
+def tensor_bytes(tensor: Tensor) -> Any:
     """A tensor's memory as a numpy array of bytes, without a copy."""
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
-def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write the safetensors format straight from the tensors' memory.
-
-    The library's own writer copies all tensors first, which would double the memory needed.
-    """
-    text = json.dumps(about, sort_keys=True)
-    checksums = [zlib.crc32(text.encode()), zlib.crc32(_bytes(tensors["singular_values"]))]
-    checksums.append(zlib.crc32(_bytes(tensors["row_checksums"])))
-    header: dict[str, Any] = {"__metadata__": {"entry": text, "checksums": json.dumps(checksums)}}
-    offset = 0
-    for name, tensor in tensors.items():
-        stop = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _TAGS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    file.write(len(head).to_bytes(8, "little") + head)
-    for tensor in tensors.values():
-        file.write(memoryview(_bytes(tensor)).cast("B"))
-
-
-def _check_file(folder: Path, name: str, key: MatrixKey) -> Entry | None:
-    """Read one file of factors in full; its entry, or None where anything in it is damaged."""
-    path = folder / name
-    try:
-        with _opened(path) as file:
-            metadata = file.metadata()
-            tensors = {part: file.get_tensor(part) for part in ("a", "bt", "singular_values", "row_checksums")}
-        _check_rows(path, tensors["a"], tensors["bt"], tensors["row_checksums"])
-        about = json.loads(metadata["entry"])
-        small = [
-            metadata["entry"].encode(),
-            _bytes(tensors["singular_values"]),
-            _bytes(tensors["row_checksums"]),
-        ]
-        if json.loads(metadata["checksums"]) != [zlib.crc32(part) for part in small]:
-            return None
-        return Entry(**key._asdict(), file=name, size=path.stat().st_size, sha256=_file_sha256(path), **about)
-    except (StoreError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _spectra_table(folder: Path, entries: Iterable[Entry]) -> pa.Table:
-    rows: list[dict[str, Any]] = []
-    for entry in entries:
-        with _opened(folder / entry.file) as file:
-            values = file.get_tensor("singular_values")
-        about = {"residual_energy": entry.residual_energy, "singular_values": values.numpy()}
-        rows.append(entry.key._asdict() | about)
-    schema = pa.schema(
-        {
-            "expert": pa.string(),
-            "layer": pa.int32(),
-            "projection": pa.string(),
-            "residual_energy": pa.float64(),
-            "singular_values": pa.list_(pa.float64()),
-        }
-    )
-    return pa.Table.from_pylist(rows, schema=schema)
-
-
-class _Hashing:
-    """A file open for writing that counts and hashes what goes through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        written = self._file.write(data)
-        self.sha256.update(data)
-        self.size += written
-        return written
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def seekable(self) -> bool:
-        return False
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def _write_whole(path: Path, write: Callable[[Any], object]) -> tuple[int, str]:
-    """Write a file that appears under its name only when it is on disk; its size and SHA-256."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with _writing(path):
-        try:
-            with temporary.open("wb") as file:
-                hashing = _Hashing(file)
-                write(hashing)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    return hashing.size, hashing.sha256.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot write the store: {_one_line(error)}; make room or name another folder"
-        ) from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer of the manifest at a time; the lock goes with the process that holds it."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Delete temporary files that killed runs left behind."""
-    for path in [*folder.glob(".*.tmp"), *(folder / "factors").glob(".*.tmp")]:
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
-
-
-def _remove_superseded(folder: Path, old: Mapping[MatrixKey, Entry], new: Mapping[MatrixKey, Entry]) -> None:
-    """Delete files that only the manifest before this one named."""
-    for name in {entry.file for entry in old.values()} - {entry.file for entry in new.values()}:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StoreError(f"{path}: cannot read: {_one_line(error)}") from None
+        raise StoreError(f"{path}: cannot read: {one_line(error)}") from None
 
 
-def _content(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says, without what follows from it or only describes the run."""
-    return {k: v for k, v in manifest.items() if k not in ("checksum", "peak_memory_bytes", "spectra")}
-
-
-def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; of its CUDA memory if that is more."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return max(peak, torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())

@@ -42,3 +42,11 @@ def local_ray(ray_home: None) -> Iterator[None]:
 
     with cluster(num_cpus=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def loopback() -> Iterator[None]:
+    """Simulated clusters (`ray.cluster_utils.Cluster`) listen on the loopback address, as ``ray.init`` does here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+        yield

@@ -220,8 +220,8 @@ def test_experts_born_low_rank_switch_like_any_other(adapter, tokens):
 
 
 def test_mixture_id_knows_config_and_dtype_of_the_factors(model, folder, tmp_path):
+    from flexmore_ray.build import build_store
     from flexmore_ray.source import open_source
-    from flexmore_ray.store import build_store
 
     other = common.write(model, tmp_path / "other", expert_names=list(common.NAMES), rms_norm_eps=1e-3)
     ids = {load_mixture(str(place)).spec.mixture_id for place in (folder, other)}

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexmore_ray.build import StoreWriter, build_store, decompose_matrix
 from flexmore_ray.errors import CheckpointError, StoreError, UsageError
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape
 from flexmore_ray.spectra import Factors, decompose, delta
-from flexmore_ray.store import FactorStore, StoreWriter, build_store, decompose_matrix, open_store
+from flexmore_ray.store import FactorStore, open_store
 
 KEY = MatrixKey("math", 0, "down_proj")
 

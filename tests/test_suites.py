@@ -61,7 +61,7 @@ def test_suites_tasks_and_duplicates_join():
     suite = load_suite("agieval, gsm8k,agieval_sat_math, mc9")
     assert [(group.name, len(group.tasks), group.kind) for group in suite.groups] == [
         ("agieval", 8, "reasoning"),
-        ("gsm8k", 1, None),
+        ("gsm8k", 1, "reasoning"),
         ("mc9", 9, "knowledge"),
     ]
     assert load_suite(["agieval", "gsm8k,agieval_sat_math", "mc9"]).groups == suite.groups

@@ -42,7 +42,7 @@ class Group:
     name: str
     tasks: tuple[str, ...]
     kind: str | None = None
-    """One of `KINDS`; None for a task that was named alone."""
+    """One of `KINDS`; None where no suite says."""
     domain: str | None = None
     """The expert whose domain it is; None where no expert is."""
 
@@ -108,8 +108,21 @@ def _load_one(part: str | Path) -> Suite:
         return _folder_suite(path)
     if path.suffix in (".yaml", ".yml") or isinstance(part, Path) or "/" in part:
         return _file_suite(path)
-    own = tuple(path.parent for path in FOLDER.glob(f"*/{part}.yaml"))
-    return Suite(name=part, groups=(Group(name=part, tasks=(part,)),), folders=own)
+    return _single_task(part)
+
+
+def _single_task(name: str) -> Suite:
+    """A task named alone: a group of its own, of the kind and domain that our suites give it."""
+    own = tuple(path.parent for path in FOLDER.glob(f"*/{name}.yaml"))
+    known = _groups_by_task().get(name, Group(name=name, tasks=(name,)))
+    group = dataclasses.replace(known, name=name, tasks=(name,))
+    return Suite(name=name, groups=(group,), folders=own)
+
+
+@lru_cache(maxsize=1)
+def _groups_by_task() -> dict[str, Group]:
+    suites = [_read_suite(FOLDER / f"{name}.yaml") for name in suite_names()]
+    return {task: group for suite in suites for group in suite.groups for task in group.tasks}
 
 
 def _folder_suite(folder: Path) -> Suite:

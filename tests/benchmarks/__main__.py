@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_decompose, bench_moe, bench_scoring, bench_switch
+from tests.benchmarks import bench_decompose, bench_grid, bench_moe, bench_scoring, bench_switch, bench_truncation
 
 BENCHMARKS = {
     "decompose": bench_decompose.run,
+    "grid": bench_grid.run,
     "moe_block": bench_moe.run,
     "rank_switch": bench_switch.run,
     "scoring": bench_scoring.run,
+    "truncation": bench_truncation.run,
 }
 
 

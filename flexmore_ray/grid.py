@@ -1,0 +1,511 @@
+"""Run a grid of mixtures x tasks on Ray: elastic, restartable, one commit per cell.
+
+Workers hold one mixture each and switch its ranks in place; their factors come from the expert actors. The
+driver alone writes results, so only it needs to reach their folder: a cell is in the folder or it is not, and a
+run does what is missing there. See `plan` for what a grid computes and `pool` for who computes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from tqdm import tqdm
+
+from flexmore_ray.errors import FlexmoreError, StoreError, UsageError
+from flexmore_ray.evaluate import use_few_threads
+from flexmore_ray.experts import start_experts
+from flexmore_ray.harness import MixtureLM
+from flexmore_ray.metrics import GridMetrics
+from flexmore_ray.mixture import CachedFactors, Mixture, Parts, load_mixture, open_mixture, parse_dtype
+from flexmore_ray.placement import Needs, check_room
+from flexmore_ray.plan import (
+    Cell,
+    Plan,
+    PlannedMixture,
+    Wanted,
+    expand,
+    identify,
+    plan_cells,
+    plan_record,
+    record_name,
+    resolve,
+)
+from flexmore_ray.pool import Pool, Queue, Unit
+from flexmore_ray.results import commit_cell, done_cells, read_cells
+from flexmore_ray.runtime import cluster, nodes
+from flexmore_ray.scores import PreparedTask, TaskScore, TaskSet, iter_shards, load_tasks
+from flexmore_ray.source import open_source
+from flexmore_ray.spec import MixtureSpec
+from flexmore_ray.store import FactorSource, FactorStore, open_store
+
+SHARD_DOCUMENTS = 500
+_CELL_BYTES, _DOCUMENT_BYTES = 12_000, 100  # what the files of a cell take, and a row of its samples
+_LEAST = {"workers": 1, "shard_documents": 1, "num_cpus": 0, "num_gpus": 0, "expert_gpus": 0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run a grid; what it computes is in the plan."""
+
+    workers: int | None = None
+    """Workers; None: as many as the nodes can hold, following those that join and leave."""
+    num_cpus: float = 1
+    """CPUs of one worker."""
+    num_gpus: float = 0
+    """GPUs of one worker; fractions are allowed."""
+    expert_gpus: float = 0
+    """GPUs of one expert actor; fractions are allowed."""
+    pin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By expert, the nodes that its actor may run on; see `start_experts`."""
+    dtype: str | None = None
+    """What workers compute in; None: float32 on the CPU, the checkpoint's own dtype on a GPU."""
+    store: Path | None = None
+    """Folder of the factors; None: the plan's store, else one in the cache."""
+    shard_documents: int = SHARD_DOCUMENTS
+    """A task with more documents is split into parts of at most about so many."""
+
+    def __post_init__(self) -> None:
+        for name, low in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"--{name.removeprefix('num_').replace('_', '-')}: at least {low}, got {value}")
+
+        if not self.num_cpus and not self.num_gpus:
+            raise UsageError("--cpus: a worker needs a share of a CPU or of a GPU for Ray to place it; got 0 of both")
+
+    @property
+    def device(self) -> str:
+        """Device of a worker."""
+        return "cuda" if self.num_gpus else "cpu"
+
+
+# ------------------------------------------------------------------------------------ planning
+
+
+class Grid:
+    """A plan on the weights, tasks and results that it names: what is to do, and what is done.
+
+    Args:
+        plan: what to compute.
+        results: the results folder; need not exist.
+        options: how to run it.
+
+    Raises:
+        UsageError, CheckpointError, StoreError, TaskError: the plan, its source or its tasks are no good, or the
+            results are of other weights.
+    """
+
+    def __init__(self, plan: Plan, results: Path, options: Options) -> None:
+        self.plan, self.results, self.options = plan, results, options
+        self.parts: Parts = open_mixture(plan.spec())
+        wanted = expand(plan, self.parts)
+        self.tasks: TaskSet = load_tasks(
+            list(plan.tasks),
+            split=plan.split,  # type: ignore[arg-type]
+            limit=plan.limit,
+            seed=plan.seed,
+        )
+        self.mixtures: list[PlannedMixture] = identify([item for item in wanted if not item.rule], self.parts)
+        self.waiting: list[Wanted] = [item for item in wanted if item.rule]
+        self.cells: dict[str, Cell] = plan_cells(self.mixtures, self.tasks, self.dtype)
+        self.check_results()
+        self.done: set[str] = done_cells(results, self.cells)
+        self.advance()
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that workers compute in."""
+        default = "float32" if self.options.device == "cpu" else self.parts.source.dtype
+        return str(parse_dtype(self.options.dtype or default)).removeprefix("torch.")
+
+    @property
+    def missing(self) -> dict[str, Cell]:
+        """Cells to compute that are known already, by hash."""
+        return {name: cell for name, cell in self.cells.items() if name not in self.done}
+
+    @property
+    def total(self) -> int:
+        """Cells in all; of a mixture that waits for results, as many as there are tasks."""
+        return len(self.cells) + len(self.waiting) * len(self.tasks.tasks)
+
+    @property
+    def left(self) -> int:
+        """Cells that are not done."""
+        return self.total - len(self.done)
+
+    @property
+    def pairs(self) -> list[PlannedMixture]:
+        """The two-expert mixtures."""
+        return [mixture for mixture in self.mixtures if mixture.pair]
+
+    def advance(self, failed: Mapping[str, object] = {}) -> dict[str, Cell]:
+        """Begin the second stage if the first is over: the cells that it adds, by hash.
+
+        Args:
+            failed: cells of the first stage that were computed and failed, by hash.
+        """
+        if not self.waiting:
+            return {}
+        ids = {mixture.mixture_id for mixture in self.pairs}
+        first = {name for name, cell in self.cells.items() if cell.mixture.mixture_id in ids}
+        if not first <= self.done | set(failed):
+            return {}
+        scores: dict[str, dict[str, float]] = {}
+        rows = read_cells(self.results, first & self.done).select(["mixture_id", "task", "value"])
+        for row in rows.to_pylist():
+            scores.setdefault(row["mixture_id"], {})[row["task"]] = row["value"]
+        groups = self.tasks.suite.groups
+        added = identify(resolve(self.waiting, self.pairs, scores, groups), self.parts)
+        self.mixtures, self.waiting = [*self.mixtures, *added], []
+        cells = {n: c for n, c in plan_cells(added, self.tasks, self.dtype).items() if n not in self.cells}
+        self.cells |= cells
+        self.done |= done_cells(self.results, cells)
+        return {name: cell for name, cell in cells.items() if name not in self.done}
+
+    def check_results(self) -> None:
+        """Refuse a folder with the results of a plan on other weights."""
+        ours = self.record()
+        for path in sorted((self.results / "plans").glob("*.json")):
+            theirs = read_record(path)
+            for name, digest in ours["digests"].items():
+                if theirs.get("digests", {}).get(name, digest) != digest or theirs["weights"] != ours["weights"]:
+                    raise UsageError(
+                        f"results: {self.results} holds results of other weights ({', '.join(theirs['source'])}, "
+                        f"expert {name}); choose another folder"
+                    )
+
+    def record(self) -> dict[str, Any]:
+        """What `results/plans/` keeps of this grid."""
+        record = plan_record(self.plan, self.parts, self.tasks, self.dtype, self.mixtures)
+        return record | {"store": str(self.store) if self.uses_factors else None}
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, with the mixtures that wait for results counted as distinct and missing, and what to expect."""
+        distinct = len({mixture.mixture_id for mixture in self.mixtures}) + len(self.waiting)
+        return {
+            "mixtures": len(self.mixtures) + len(self.waiting),
+            "distinct_mixtures": distinct,
+            "cells": self.total,
+            "done": len(self.done),
+            "missing": self.left,
+            "waiting": [item.name for item in self.waiting],
+            "documents": {name: len(task.documents) for name, task in self.tasks.tasks.items()},
+            "seconds": self._expected_seconds(),
+            "bytes": self._expected_bytes(),
+        }
+
+    def _expected_seconds(self) -> float | None:
+        """Seconds of one worker for what is missing, by the cells that are there; None where there are none."""
+        seconds = read_cells(self.results, self.done)["seconds"].to_pylist()
+        return self.left * sum(seconds) / len(seconds) if seconds else None
+
+    def _expected_bytes(self) -> dict[str, int]:
+        """Memory that a worker's weights take, and disk that results and factors take."""
+        width = parse_dtype(self.dtype).itemsize
+        shape = self.parts.source.shape
+        per_rank = sum(sum(shape.matrix(key.projection)) for key in shape.keys("one"))
+        experts = len(self.parts.source.experts) - 1
+        documents = sum(len(task.documents) for task in self.tasks.tasks.values())
+        return {
+            "worker": max((mixture.parameters for mixture in self.mixtures), default=0) * width,
+            "store": experts * per_rank * self.hold_rank * self.parts.factors.dtype.itemsize,
+            "results": self.total * _CELL_BYTES + self.total // len(self.tasks.tasks) * documents * _DOCUMENT_BYTES,
+        }
+
+    @property
+    def hold_rank(self) -> int:
+        """The highest rank of a low-rank matrix in the plan; 0 if there is none."""
+        return max((mixture.highest_rank for mixture in self.mixtures if mixture.uses_factors), default=0)
+
+    @property
+    def store(self) -> Path:
+        """Where the factors are, or will be."""
+        given = self.options.store or self.plan.store
+        return Path(given).resolve() if given else CachedFactors(self.parts.source, 1).folder
+
+    @property
+    def uses_factors(self) -> bool:
+        """Whether any mixture cuts an expert to a rank."""
+        return any(mixture.uses_factors for mixture in self.mixtures)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of `results/plans/`.
+
+    Raises:
+        FlexmoreError: it cannot be read or is none.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"source": list(record["source"]), **record} if record["weights"] is not None else record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FlexmoreError(f"{path}: not a plan's record ({error}); delete it, the cells stay") from error
+
+
+def write_record(results: Path, record: Mapping[str, Any]) -> None:
+    """Write a plan's record whole."""
+    path = results / "plans" / record_name(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------- workers
+
+
+class Worker:
+    """Scores mixtures on tasks; holds one mixture in memory and switches its ranks in place.
+
+    Args:
+        base: the spec of the source, every expert full.
+        tasks: arguments of `load_tasks`.
+        factors: where factors come from; None where no mixture needs any.
+        device: where to compute.
+        dtype: what to compute in.
+        hold_rank: ranks up to this one are a slice of what is held.
+    """
+
+    def __init__(
+        self,
+        base: MixtureSpec,
+        tasks: Mapping[str, Any],
+        factors: FactorSource | None,
+        device: str,
+        dtype: str,
+        hold_rank: int,
+    ) -> None:
+        self._base, self._task_arguments, self._factors = base, tasks, factors
+        self._device, self._dtype, self._hold_rank = device, dtype, hold_rank
+        self._mixture: Mixture | None = None
+
+    def start(self) -> str:
+        """Load the tasks and open the source; returns the id of the node."""
+        source = open_source(self._base.source, self._base.experts)
+        use_few_threads(source.shape.hidden_size)
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("a worker was given a GPU, but PyTorch sees none; install its CUDA build on the nodes")
+        self._source = source
+        self._tasks = load_tasks(**self._task_arguments).tasks
+        return str(ray.get_runtime_context().get_node_id())
+
+    def run(self, ranks: Mapping[str, Any], active: int, task: str, content: str, documents: Any) -> TaskScore:
+        """Score a mixture on a task, or on some of its documents (ids; None: all).
+
+        Raises:
+            TaskError: the task fails on a document.
+            UsageError: this node has other documents under the task's name than the driver.
+        """
+        prepared = self._tasks[task]
+        if prepared.content_hash != content:
+            raise UsageError(f"task {task}: this node has other documents than the driver; use the same data on all")
+        self._switch(ranks, active)
+        return prepared.score(self._lm, documents)
+
+    def _switch(self, ranks: Mapping[str, Any], active: int) -> None:
+        if self._mixture is None:
+            spec = dataclasses.replace(self._base, ranks=dict(ranks), active=active)
+            self._mixture = load_mixture(
+                spec,
+                device=self._device,
+                dtype=self._dtype,
+                source=self._source,
+                factors=self._factors,
+                hold_rank=self._hold_rank,
+            )
+            self._lm = MixtureLM(self._mixture.model, self._mixture.tokenizer)
+        else:
+            self._mixture.switch(ranks, active)
+
+
+# ------------------------------------------------------------------------------------- running
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run of a grid ended."""
+
+    computed: int
+    """Cells committed by this run, failed ones not counted."""
+    failed: dict[str, str]
+    """"mixture on task" -> error."""
+    seconds: float
+
+
+def run_grid(grid: Grid, worker: type[Worker] = Worker) -> Outcome:
+    """Compute all missing cells on Ray and commit each; what fails is committed as failed, and the rest goes on.
+
+    Args:
+        grid: what to compute.
+        worker: the class of the workers.
+
+    Raises:
+        UsageError: no node has what a worker needs, or another run writes to the folder.
+        FlexmoreError: no worker can start, or the results cannot be written.
+    """
+    grid.results.mkdir(parents=True, exist_ok=True)
+    with _alone(grid.results):
+        write_record(grid.results, grid.record())
+        if not grid.missing and not grid.waiting:
+            return Outcome(computed=0, failed={}, seconds=0.0)
+        needs = Needs(num_cpus=grid.options.num_cpus, num_gpus=grid.options.num_gpus)
+        with cluster():
+            check_room({"worker": needs}, nodes())
+            with _factors(grid) as factors:
+                return _Run(grid, factors, needs, worker).run()
+
+
+@contextlib.contextmanager
+def _alone(results: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however it ends."""
+    with open(results / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"results: another grid is running on {results}; wait, or choose another folder") from None
+        yield
+
+
+@contextlib.contextmanager
+def _factors(grid: Grid) -> Iterator[FactorSource | None]:
+    """The expert actors, where a mixture needs factors; on a single node with a store that has them all, the store."""
+    if not grid.uses_factors:
+        yield None
+        return
+    if len(nodes()) == 1 and (store := _complete_store(grid)):
+        yield store
+        return
+    source, num_gpus = grid.parts.source, grid.options.expert_gpus
+    pin = grid.options.pin
+    with start_experts(source, grid.store, num_gpus=num_gpus, max_rank=grid.hold_rank, pin=pin) as actors:
+        yield actors
+
+
+def _complete_store(grid: Grid) -> FactorStore | None:
+    source = grid.parts.source
+    try:
+        store = open_store(grid.store)
+        store.check_source(source)
+    except StoreError:
+        return None
+    keys = {key for name in source.experts[1:] for key in source.shape.keys(name)} - set(source.born_ranks)
+    held = set(store.keys())
+    return store if all(key in held and store.max_rank(key) >= grid.hold_rank for key in keys) else None
+
+
+class _Run:
+    """One run of a grid: the queue, the workers, the commits."""
+
+    def __init__(self, grid: Grid, factors: FactorSource | None, needs: Needs, worker: type[Worker]) -> None:
+        self._grid, self._needs = grid, needs
+        self._pool = Pool(self._creator(factors, worker), needs, grid.options.workers)
+        self._metrics = GridMetrics(grid.plan.name)
+        self._parts: dict[str, list[TaskScore]] = {}
+        self._failed: dict[str, str] = {}
+        self._unresolved: dict[str, str] = {}
+        self._computed = 0
+
+    def _creator(self, factors: FactorSource | None, worker: type[Worker]) -> Any:
+        grid, options = self._grid, self._grid.options
+        plan = grid.plan
+        tasks = {"tasks": grid.tasks.suite, "split": plan.split, "limit": plan.limit, "seed": plan.seed}
+        base = dataclasses.replace(grid.parts.spec, source=tuple(grid.parts.source.describe()), store=None)
+        remote = ray.remote(max_restarts=0, **self._needs.options())(worker)
+        return lambda: remote.remote(base, tasks, factors, options.device, grid.dtype, grid.hold_rank)
+
+    def run(self) -> Outcome:
+        """Work off all cells."""
+        start = time.monotonic()
+        queue = Queue(self._units(self._grid.missing))
+        with contextlib.closing(self._pool), _bar(self._grid) as bar:
+            for unit, result in self._pool.run(queue):
+                for status in self._receive(unit.tag, result):
+                    for added in self._units(self._advance()):
+                        queue.add(added)
+                    self._metrics.committed(status, self._grid.left - len(self._failed), self._pool.working)
+                    bar.total = self._grid.total
+                    bar.set_postfix_str(f"{self._pool.working} workers", refresh=False)
+                    bar.update()
+            return Outcome(computed=self._computed, failed=self._named(), seconds=time.monotonic() - start)
+
+    def _advance(self) -> Mapping[str, Cell]:
+        """The cells of the second stage, once the first is over."""
+        before = len(self._grid.mixtures)
+        try:
+            added = self._grid.advance(self._failed)
+        except UsageError as error:  # failed pairs leave nothing to choose from
+            self._unresolved = {item.name: str(error) for item in self._grid.waiting}
+            self._grid.waiting = []
+            return {}
+        if len(self._grid.mixtures) > before:
+            write_record(self._grid.results, self._grid.record())
+        return added
+
+    def _named(self) -> dict[str, str]:
+        cells = self._grid.cells
+        failed = {f"{cells[name].mixture.name} on {cells[name].task}": text for name, text in self._failed.items()}
+        return failed | self._unresolved
+
+    def _units(self, cells: Mapping[str, Cell]) -> Iterator[Unit]:
+        for name, cell in cells.items():
+            task = self._grid.tasks.tasks[cell.task]
+            for documents in self._shards(task):
+                spec = cell.mixture.spec
+                arguments = (dict(spec.ranks), cell.mixture.active, cell.task, task.content_hash, documents)
+                yield Unit(group=cell.mixture.mixture_id, arguments=arguments, tag=name)
+
+    def _shards(self, task: PreparedTask) -> Sequence[list[int] | None]:
+        number = -(-len(task.documents) // self._grid.options.shard_documents)
+        return [None] if number <= 1 else list(iter_shards(task, number))
+
+    def _receive(self, name: str, result: TaskScore | Exception) -> Iterator[str]:
+        """Take in the result of a unit; yields the status of its cell if that is now committed."""
+        if name in self._failed:
+            return  # another part of its documents failed before
+        cell = self._grid.cells[name]
+        task = self._grid.tasks.tasks[cell.task]
+        if isinstance(result, TaskScore):
+            self._metrics.scored(result.documents)
+            parts = self._parts.setdefault(name, [])
+            parts.append(result)
+            if sum(part.documents for part in parts) < len(task.documents):
+                return
+            del self._parts[name]
+            self._commit(cell, parts[0] if len(parts) == 1 else task.merge(parts), None)
+            self._grid.done.add(name)
+            self._computed += 1
+            yield "done"
+        else:
+            self._parts.pop(name, None)
+            self._failed[name] = " ".join(f"{type(result).__name__}: {result}".split())
+            self._commit(cell, None, self._failed[name])
+            yield "failed"
+
+    def _commit(self, cell: Cell, score: TaskScore | None, error: str | None) -> None:
+        commit_cell(
+            self._grid.results,
+            cell.key,
+            score,
+            mixture=cell.mixture.spec.to_dict(),
+            active=cell.mixture.active,
+            parameters=cell.mixture.parameters,
+            weights=self._grid.parts.weights,
+            group=self._grid.tasks.tasks[cell.task].group.name,
+            error=error,
+        )
+
+
+def _bar(grid: Grid) -> tqdm:
+    hidden = not sys.stderr.isatty()
+    return tqdm(desc="grid", unit="cell", total=grid.total, initial=len(grid.done), disable=hidden, leave=False)

@@ -1,0 +1,447 @@
+"""What a grid computes: a plan names mixtures and tasks; here it is read, expanded, identified and counted.
+
+A plan is a YAML file, or a preset with a source and tasks:
+
+    source: zoo://nano                     # or store: DIR, or a list of name=FOLDER
+    experts: [public, math, ...]           # optional: names for an N-expert checkpoint
+    tasks: nano                            # a suite, a task, or a list of them
+    split: validation                      # or test
+    limit: 100                             # documents per task; left out: all
+    mixtures:
+      - pairs: [1, 4, 16, full]            # each domain expert alone with the public one, at each rank, active 2
+        of: [math, code]                   # optional: only these experts
+      - uniform: [1, 16, full, best, best2]  # all experts at one rank, for each number of active experts
+        active: [2, 4, all]
+      - {name: mine, ranks: {math: 16, news: drop}, active: 4}
+      - winner.yaml                        # a mixture file of the same source
+
+`best` and `best2` are decided by the plan's own pairs: `best` gives each expert the rank with the highest
+average over all groups among its two-expert mixtures, `best2` the highest on the groups of its own domain (an
+expert without such groups takes the rank of `best`); of equal scores the lower rank wins. The publication of
+the grid (arXiv 2602.08818) names these mixtures without their rule, so the rule is ours.
+
+Nothing here runs a model: planning reads weights only to hash them, and results only to count them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexmore_ray.errors import UsageError
+from flexmore_ray.evaluate import cell_key
+from flexmore_ray.mixture import Parts
+from flexmore_ray.results import CellKey
+from flexmore_ray.scores import TaskSet
+from flexmore_ray.source import open_source
+from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, check_matrix_rank, suggest
+from flexmore_ray.suites import Group
+
+RULES = ("best", "best2")
+"""Ranks that results decide."""
+PAPER_RANKS = (*(2**k for k in range(15)), FULL)
+PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
+    "paper": ({"pairs": [*PAPER_RANKS]}, {"uniform": [*PAPER_RANKS, *RULES], "active": [2, 4, "all"]}),
+}
+"""Grids by name; `paper` is that of arXiv 2602.08818: 96 two-expert mixtures and 54 of all seven experts."""
+SPLITS = ("validation", "test")
+_PLAN_KEYS = ("name", "source", "store", "experts", "tasks", "split", "limit", "seed", "mixtures")
+_ENTRY_KEYS = {"pairs": ("pairs", "of"), "uniform": ("uniform", "active"), "ranks": ("name", "ranks", "active")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A plan as it was written: nothing of it is opened yet."""
+
+    name: str
+    source: tuple[str, ...] = ()
+    """SOURCE strings; empty where the store says what it was made from."""
+    store: str | None = None
+    experts: tuple[str, ...] | None = None
+    tasks: tuple[str, ...]
+    split: str = "validation"
+    limit: int | None = None
+    """Documents per task, the first of the split; None: all."""
+    seed: int = 1234
+    mixtures: tuple[Mapping[str, Any] | str, ...]
+    """Entries as in the YAML file."""
+    folder: Path = Path()
+    """What relative paths of mixture files are relative to."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise UsageError(f"plan {self.name}: tasks is a suite, a task or a list of them, got none; see --tasks")
+        if self.split not in SPLITS:
+            raise UsageError(f"plan {self.name}: split is one of {', '.join(SPLITS)}, got {self.split!r}")
+        for key, low in (("limit", 1), ("seed", 0)):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise UsageError(f"plan {self.name}: {key} is an integer >= {low}, got {value!r}")
+        if not self.mixtures:
+            raise UsageError(f"plan {self.name}: mixtures is a list with at least one entry, got none")
+
+    def spec(self) -> MixtureSpec:
+        """The source with every expert full, which all mixtures of the plan are variants of."""
+        data = {"source": list(self.source), "store": self.store, "experts": self.experts and list(self.experts)}
+        return MixtureSpec.from_dict({k: v for k, v in data.items() if v}, where=f"plan {self.name}")
+
+
+def read_plan(path: str | Path | None = None, preset: str | None = None, **given: Any) -> Plan:
+    """A plan from a YAML file or a preset.
+
+    Args:
+        path: the file; None for a preset.
+        preset: a name of `PRESETS`; None for a file.
+        given: entries that go before those of the file, None for no such: source, store, experts, tasks, split,
+            limit, seed.
+
+    Raises:
+        UsageError: both or neither are named, an unknown key, or a value that breaks its rule.
+    """
+    if (path is None) == (preset is None):
+        raise UsageError(f"grid: give a plan file or --preset ({', '.join(PRESETS)}), and only one of them")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset: unknown preset {preset!r}; {suggest(preset, list(PRESETS))}")
+    data: dict[str, Any] = (
+        _read_yaml(Path(path)) if path is not None else {"name": preset, "mixtures": list(PRESETS[preset or ""])}
+    )
+    where = str(path) if path is not None else f"preset {preset}"
+    for key in data:
+        if key not in _PLAN_KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}; {suggest(str(key), _PLAN_KEYS)}")
+    if given.get("source") or given.get("store"):
+        data = {k: v for k, v in data.items() if k not in ("source", "store")}
+    data = {"name": Path(path or "").stem or "plan"} | data | {k: v for k, v in given.items() if v is not None}
+    if not data.get("source") and not data.get("store"):
+        raise UsageError(f"{where}: a plan names its source or its store, got neither; see --source")
+    for key in ("source", "tasks"):
+        data[key] = _strings(data.get(key), f"{where}: {key}")
+    if not isinstance(data.get("mixtures", []), list):
+        raise UsageError(f"{where}: mixtures is a list of entries, got {data['mixtures']!r}")
+    data["mixtures"] = tuple(data.get("mixtures") or ())
+    experts = data.get("experts")
+    data["experts"] = None if experts is None else tuple(_strings(experts, f"{where}: experts"))
+    return Plan(**data, folder=Path(path).parent if path is not None else Path())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such plan file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a YAML plan: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the plan: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a plan is a mapping with keys {', '.join(_PLAN_KEYS)}")
+    return data
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value or []
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise UsageError(f"{where} is a string or a list of strings, got {value!r}")
+    return tuple(items)
+
+
+# ------------------------------------------------------------------- from entries to mixtures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A mixture as the plan names it."""
+
+    name: str
+    ranks: Mapping[str, ExpertRank]
+    """Rank of every domain expert; empty where `rule` decides."""
+    active: int | None
+    """Experts per token; None: as the checkpoint says."""
+    pair: str | None = None
+    """The domain expert of a two-expert mixture of `pairs`; None for any other."""
+    rule: str | None = None
+    """One of `RULES` where results decide the ranks; None where the plan does."""
+
+
+def expand(plan: Plan, parts: Parts) -> list[Wanted]:
+    """All mixtures that a plan names, in its order, pairs first; names are unique.
+
+    Raises:
+        UsageError: an entry with unknown keys or values, a rule without pairs, or one name for two mixtures.
+    """
+    wanted = [item for index, entry in enumerate(plan.mixtures) for item in _expand(plan, index, entry, parts)]
+    by_name: dict[str, Wanted] = {}
+    for item in wanted:
+        if by_name.setdefault(item.name, item) != item:
+            raise UsageError(f"plan {plan.name}: two mixtures are called {item.name!r}; give one another name")
+    first = sorted(by_name.values(), key=lambda item: item.pair is None)
+    if any(item.rule for item in first) and {item.pair for item in first} - {None} != set(parts.source.experts[1:]):
+        raise UsageError(
+            f"plan {plan.name}: best and best2 choose among two-expert mixtures of every expert; add an entry pairs"
+        )
+    return first
+
+
+def _expand(plan: Plan, index: int, entry: Any, parts: Parts) -> Iterator[Wanted]:
+    where = f"plan {plan.name}: mixtures[{index}]"
+    domains = parts.source.experts[1:]
+    if isinstance(entry, str):
+        yield _from_file(plan, entry, parts)
+        return
+    kind = next((kind for kind in _ENTRY_KEYS if isinstance(entry, Mapping) and kind in entry), None)
+    if kind is None:
+        raise UsageError(f"{where}: an entry is a mixture file or has one of pairs, uniform, ranks; got {entry!r}")
+    for key in entry:
+        if key not in _ENTRY_KEYS[kind]:
+            raise UsageError(f"{where}: unknown key {key!r} beside {kind}; {suggest(str(key), _ENTRY_KEYS[kind])}")
+    if kind == "ranks":
+        name = entry.get("name", f"mixture-{index}")
+        if not isinstance(name, str) or not isinstance(entry["ranks"], Mapping):
+            raise UsageError(f"{where}: name is a word and ranks a mapping from expert to rank, got {entry!r}")
+        ranks = {str(k): v for k, v in entry["ranks"].items()}
+        yield Wanted(name=name, ranks=dict.fromkeys(domains, FULL) | ranks, active=entry.get("active"))
+    elif kind == "pairs":
+        chosen = _strings(entry.get("of", list(domains)), f"{where}.of")
+        for expert in chosen:
+            if expert not in domains:
+                raise UsageError(f"{where}.of: unknown expert {expert!r}; {suggest(expert, list(domains))}")
+            for rank in _ranks(entry["pairs"], f"{where}.pairs"):
+                ranks = dict.fromkeys(domains, DROP) | {expert: rank}
+                yield Wanted(name=f"pair-{expert}-{_word(rank)}", ranks=ranks, active=2, pair=expert)
+    else:
+        yield from _uniform(plan, entry, where, parts)
+
+
+def _uniform(plan: Plan, entry: Mapping[str, Any], where: str, parts: Parts) -> Iterator[Wanted]:
+    domains = parts.source.experts[1:]
+    for active in _actives(entry.get("active"), plan, where, parts):
+        for rank in _ranks(entry["uniform"], f"{where}.uniform", RULES):
+            if rank in RULES:
+                yield Wanted(name=f"{rank}-a{active}", ranks={}, active=active, rule=str(rank))
+            else:
+                ranks = dict.fromkeys(domains, rank)
+                yield Wanted(name=f"uniform-{_word(rank)}-a{active}", ranks=ranks, active=active)
+
+
+def _actives(value: Any, plan: Plan, where: str, parts: Parts) -> list[int]:
+    """Numbers of active experts of an entry `uniform`, each once."""
+    experts = len(parts.source.experts)
+    items = value if isinstance(value, list) else [parts.assignment.active if value is None else value]
+    numbers = [experts if item == "all" else item for item in items]
+    if plan.name in PRESETS:  # on a mixture of fewer experts than the publication's
+        numbers = [number for number in numbers if number <= experts]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= experts:
+            raise UsageError(f"{where}.active: integers from 1 to the {experts} experts, or all; got {number!r}")
+    return list(dict.fromkeys(numbers))
+
+
+def _ranks(value: Any, where: str, words: Sequence[str] = ()) -> list[Any]:
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise UsageError(f"{where}: a list of ranks is needed, got an empty one")
+    return [item if item in words else check_matrix_rank(item, where=where) for item in items]
+
+
+def _word(rank: Any) -> str:
+    return FULL if rank == FULL else f"r{rank}"
+
+
+def _from_file(plan: Plan, file: str, parts: Parts) -> Wanted:
+    path = plan.folder / file
+    spec = MixtureSpec.load(path)
+    ours, theirs = parts.source.describe(), open_source(spec.source, spec.experts).describe() if spec.source else None
+    if theirs not in (None, ours):
+        raise UsageError(f"plan {plan.name}: {path} is of {', '.join(theirs or ())}, the plan of {', '.join(ours)}")
+    ranks = dict.fromkeys(parts.source.experts[1:], FULL) | dict(spec.ranks)
+    return Wanted(name=path.stem, ranks=ranks, active=spec.active)
+
+
+# ----------------------------------------------------------------------- identities and cells
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedMixture:
+    """A mixture with its identity."""
+
+    name: str
+    spec: MixtureSpec
+    """With a rank for every domain expert, and its `mixture_id`."""
+    active: int
+    parameters: int
+    full_parameters: int
+    kept: tuple[str, ...]
+    """Names of the kept experts."""
+    highest_rank: int
+    """Highest rank of a low-rank matrix."""
+    uses_factors: bool
+    """Whether any expert is cut to a rank of its decomposition."""
+    pair: str | None
+    rank: Any
+    """Canonical rank of the expert of a pair; None for any other mixture."""
+
+    @property
+    def mixture_id(self) -> str:
+        """Hash of everything that decides its outputs."""
+        assert self.spec.mixture_id is not None
+        return self.spec.mixture_id
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One (mixture, task) pair to compute."""
+
+    mixture: PlannedMixture
+    task: str
+    key: CellKey
+
+
+def identify(wanted: Sequence[Wanted], parts: Parts) -> list[PlannedMixture]:
+    """Mixtures with their identities; hashes the weights of the experts.
+
+    Raises:
+        UsageError: an unknown expert, a rank or a number of active experts that breaks its rule (the mixture
+            is named).
+    """
+    planned = []
+    for item in wanted:
+        try:
+            spec = dataclasses.replace(parts.spec.with_ranks(item.ranks), active=item.active)
+            variant = parts.with_spec(spec)
+        except UsageError as error:
+            raise UsageError(f"mixture {item.name}: {error}") from None
+        count = variant.count()
+        planned.append(
+            PlannedMixture(
+                name=item.name,
+                spec=variant.identified(),
+                active=variant.assignment.active,
+                parameters=count.total,
+                full_parameters=count.full_total,
+                kept=tuple(variant.assignment.ranks),
+                highest_rank=variant.assignment.highest_rank,
+                uses_factors=variant.uses_factors,
+                pair=item.pair,
+                rank=variant.assignment.summary(item.pair) if item.pair else None,
+            )
+        )
+    return planned
+
+
+def plan_cells(mixtures: Sequence[PlannedMixture], tasks: TaskSet, dtype: str) -> dict[str, Cell]:
+    """The distinct cells of some mixtures on all tasks, by hash, in the order in which to compute them.
+
+    Mixtures that keep the same experts follow each other, so that a worker keeps what it holds.
+    """
+    families = list(dict.fromkeys(mixture.kept for mixture in mixtures))
+    ordered = sorted(mixtures, key=lambda mixture: families.index(mixture.kept))
+    cells: dict[str, Cell] = {}
+    for mixture in ordered:
+        for task in tasks.tasks.values():
+            key = cell_key(mixture.mixture_id, dtype, task)
+            cells.setdefault(key.cell, Cell(mixture=mixture, task=task.name, key=key))
+    return cells
+
+
+# -------------------------------------------------------------------------------- best, best2
+
+
+def resolve(
+    waiting: Sequence[Wanted],
+    pairs: Sequence[PlannedMixture],
+    scores: Mapping[str, Mapping[str, float]],
+    groups: Sequence[Group],
+) -> list[Wanted]:
+    """The mixtures whose ranks results decide, with their ranks; see this module's head for the rules.
+
+    Args:
+        waiting: mixtures with a rule.
+        pairs: the plan's two-expert mixtures.
+        scores: mixture_id -> task -> score; a pair without a score for every task takes no part.
+        groups: the groups of the tasks.
+
+    Raises:
+        UsageError: an expert has no pair with scores for every task.
+    """
+    chosen = {rule: best_ranks(rule, pairs, scores, groups) for rule in {item.rule for item in waiting} if rule}
+    return [dataclasses.replace(item, ranks=chosen[item.rule]) for item in waiting if item.rule]
+
+
+def best_ranks(
+    rule: str,
+    pairs: Sequence[PlannedMixture],
+    scores: Mapping[str, Mapping[str, float]],
+    groups: Sequence[Group],
+) -> dict[str, Any]:
+    """By domain expert, the rank that `best` or `best2` gives it."""
+    tasks = {task for group in groups for task in group.tasks}
+    ranks: dict[str, Any] = {}
+    for expert in dict.fromkeys(pair.pair for pair in pairs if pair.pair):
+        own = [group for group in groups if group.domain == expert]
+        judged_by = own if rule == "best2" and own else groups
+        candidates = {
+            pair.rank: _average(scores[pair.mixture_id], judged_by)
+            for pair in pairs
+            if pair.pair == expert and tasks <= set(scores.get(pair.mixture_id, ()))
+        }
+        if not candidates:
+            raise UsageError(f"{rule}: no two-expert mixture of {expert} has a score for every task")
+        by_size = sorted(candidates, key=lambda rank: float("inf") if rank == FULL else rank)
+        ranks[expert] = max(by_size, key=lambda rank: candidates[rank])
+    return ranks
+
+
+def _average(scores: Mapping[str, float], groups: Sequence[Group]) -> float:
+    """Average of group means."""
+    return sum(sum(scores[task] for task in group.tasks) / len(group.tasks) for group in groups) / len(groups)
+
+
+# ----------------------------------------------------------------------------------- the record
+
+
+def plan_record(
+    plan: Plan, parts: Parts, tasks: TaskSet, dtype: str, mixtures: Sequence[PlannedMixture]
+) -> dict[str, Any]:
+    """What `results/plans/` keeps of a plan: the names of its mixtures, its groups, and what it was made from."""
+    digests = {name: parts.source.expert_digest(name)[:16] for name in parts.source.experts}
+    return {
+        "format": "flexmore-plan-1",
+        "name": plan.name,
+        "source": parts.source.describe(),
+        "experts": list(parts.source.experts),
+        "full_rank": parts.source.shape.full_rank,
+        "weights": parts.weights,
+        "digests": digests,
+        "dtype": dtype,
+        "split": plan.split,
+        "limit": plan.limit,
+        "seed": plan.seed,
+        "groups": [
+            {"name": group.name, "tasks": list(group.tasks), "kind": group.kind, "domain": group.domain}
+            for group in tasks.suite.groups
+        ],
+        "tasks": {name: {"version": task.version, "hash": task.content_hash} for name, task in tasks.tasks.items()},
+        "mixtures": [
+            {
+                "name": mixture.name,
+                "mixture_id": mixture.mixture_id,
+                "ranks": dict(mixture.spec.ranks),
+                "active": mixture.active,
+                "parameters": mixture.parameters,
+                "full_parameters": mixture.full_parameters,
+            }
+            for mixture in mixtures
+        ],
+    }
+
+
+def record_name(record: Mapping[str, Any]) -> str:
+    """File name of a record: the same for a plan before and after its second stage."""
+    content = {key: value for key, value in record.items() if key != "mixtures"}
+    return f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}.json"

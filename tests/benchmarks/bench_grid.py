@@ -1,0 +1,161 @@
+"""The grid: seconds per cell against the scripts' way, overhead per cell, and one against two workers.
+
+    python -m tests.benchmarks --only grid [--quick]
+
+The scripts' way is that of the grid's publication: write a checkpoint per rank, load it with transformers, score it
+with lm-eval's `HFLM`; here in one process that has imported everything, with both cores. The grid's time holds all
+it does: planning, starting Ray, workers and expert actors, decomposing, committing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexmore_ray.export import export_mixture
+from flexmore_ray.grid import Grid, Options, Worker, run_grid
+from flexmore_ray.plan import Plan
+from flexmore_ray.results import read_cells
+from flexmore_ray.scores import TaskScore
+from flexmore_ray.spec import MixtureSpec
+from flexmore_ray.suites import load_suite
+
+SOURCE = "zoo://nano"
+DOMAINS = ("math", "news", "academic", "code", "creative", "reddit")
+RANKS = (1, 4, 16, 64)
+
+
+@contextlib.contextmanager
+def own_home() -> Iterator[Path]:
+    """A home for Ray's token and a cache for factors that end with the benchmark."""
+    before = {name: os.environ.get(name) for name in ("HOME", "FLEXMORE_CACHE", "RAY_AUTH_MODE")}
+    folder = Path(tempfile.mkdtemp())
+    os.environ |= {"HOME": str(folder), "FLEXMORE_CACHE": str(folder / "cache"), "RAY_AUTH_MODE": "disabled"}
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def plan(limit: int | None, ranks: tuple[int, ...] = RANKS, actives: tuple[int, ...] = (2, 4)) -> Plan:
+    """All experts at some uniform ranks, on the nano suite."""
+    entry = {"uniform": list(ranks), "active": list(actives)}
+    return Plan(name="bench", source=(SOURCE,), tasks=("nano",), limit=limit, mixtures=(entry,))
+
+
+def timed_grid(limit: int | None, folder: Path, workers: int) -> tuple[float, float, int]:
+    """Seconds in all, seconds between the first and the last commit, and cells."""
+    start = time.perf_counter()
+    outcome = run_grid(Grid(plan(limit), folder, Options(workers=workers)))
+    seconds = time.perf_counter() - start
+    assert not outcome.failed
+    commits = sorted(path.stat().st_mtime for path in (folder / "cells").iterdir())
+    return seconds, commits[-1] - commits[0], outcome.computed
+
+
+def scripts_way(limit: int | None, ranks: tuple[int, ...], folder: Path) -> tuple[float, dict[str, float]]:
+    """Seconds and scores (mixture and task -> value) of a checkpoint per rank, loaded and scored with `HFLM`."""
+    suite = load_suite("nano")
+    manager = TaskManager(include_defaults=False, include_path=[str(path) for path in suite.folders])
+    scores, start = {}, time.perf_counter()
+    for rank in ranks:
+        spec = MixtureSpec(source=(SOURCE,), ranks=dict.fromkeys(DOMAINS, rank), active=2)
+        dense = export_mixture(spec, folder / f"r{rank}", "flexolmo", dtype="float32")
+        for active in (2, 4):
+            model = AutoModelForCausalLM.from_pretrained(dense, num_experts_per_tok=active).eval()
+            reference = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(dense), batch_size=64)
+            found = lm_eval.simple_evaluate(
+                model=reference, tasks=list(suite.tasks), task_manager=manager, limit=limit, bootstrap_iters=0
+            )
+            for task, values in found["results"].items():
+                scores[f"{rank} {active} {task}"] = values.get("acc,none", values.get("exact_match,none"))
+    return time.perf_counter() - start, scores
+
+
+class Empty(Worker):
+    """Scores at once what it is asked to score: what is left is the machinery."""
+
+    def run(self, ranks: Any, active: int, task: str, content: str, documents: Any) -> TaskScore:
+        if self._mixture is None:
+            self._switch(ranks, active)
+            self._score = self._tasks[task].score(self._lm)
+        return self._score
+
+
+def overhead(cells: int, folder: Path) -> dict[str, float]:
+    """Milliseconds per cell of a grid of empty cells: planning, running with two workers, planning again."""
+    chance = random.Random(0)
+    mixtures = tuple(
+        {"name": f"m{i}", "ranks": {name: chance.randint(1, 127) for name in DOMAINS}, "active": 2}
+        for i in range(cells)
+    )
+    entries = Plan(name="empty", source=(SOURCE,), tasks=("nano_order",), limit=1, mixtures=mixtures)
+    start = time.perf_counter()
+    grid = Grid(entries, folder, Options(workers=2))
+    planned = time.perf_counter()
+    outcome = run_grid(grid, Empty)
+    done = time.perf_counter()
+    assert outcome.computed == len(grid.cells)
+    commits = sorted(path.stat().st_mtime for path in (folder / "cells").iterdir())
+    again = Grid(entries, folder, Options())
+    assert not again.missing
+    times = {
+        "planning_ms": planned - start,
+        "running_ms": commits[-1] - commits[0],
+        "all_ms": done - start,
+        "planning_again_ms": time.perf_counter() - done,
+    }
+    return {"cells": len(grid.cells)} | {name: 1000 * seconds / cells for name, seconds in times.items()}
+
+
+def run(*, quick: bool = False) -> dict[str, Any]:
+    """All three, with their ratios."""
+    limit, repeats = (5, 1) if quick else (100, 3)
+    result: dict[str, Any] = {}
+    torch.set_num_threads(2)
+    with own_home() as folder:
+        grids = [timed_grid(limit, folder / f"two-{i}", workers=2) for i in range(repeats)]
+        single = [timed_grid(limit, folder / f"one-{i}", workers=1) for i in range(repeats)]
+        speed_up = statistics.median(s[1] for s in single) / statistics.median(g[1] for g in grids)
+        ranks = RANKS[:1] if quick else RANKS[::3]
+        seconds, theirs = scripts_way(limit, ranks, folder)
+        ours_per_cell = statistics.median(g[0] for g in grids) / grids[0][2]
+        result = {
+            "cells": grids[0][2],
+            "ours_seconds_per_cell": ours_per_cell,
+            "ours_steady_seconds_per_cell": statistics.median(g[1] for g in grids) / grids[0][2],
+            "scripts_seconds_per_cell": seconds / len(theirs),
+            "largest_score_difference": max(differences(folder / "two-0", theirs)),
+            "two_workers_speed_up": speed_up,
+            "overhead": overhead(500 if quick else 10_000, folder / "empty"),
+        }
+        result["ratio"] = result["scripts_seconds_per_cell"] / ours_per_cell
+    print(f"seconds per cell: ours {ours_per_cell:.3f}, scripts {result['scripts_seconds_per_cell']:.3f}")
+    print(f"ratio {result['ratio']:.1f}; two workers against one {speed_up:.2f}")
+    print("overhead per cell: " + ", ".join(f"{name} {value:.2f}" for name, value in result["overhead"].items()))
+    return result
+
+
+def differences(results: Path, theirs: dict[str, float]) -> Iterator[float]:
+    """Between the scores of both ways, by cell."""
+    for row in read_cells(results).to_pylist():
+        rank = json.loads(row["mixture"])["ranks"]["math"]
+        if (value := theirs.get(f"{rank} {row['active']} {row['task']}")) is not None:
+            yield abs(row["value"] - value)
