@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ from flexmore_ray.spec import MixtureSpec
 from flexmore_ray.store import FactorSource, FactorStore, open_store
 
 SHARD_DOCUMENTS = 500
+_WRITERS = 4  # threads that commit: most of a commit is waiting for the disk
+_COMMITS = 64  # under way at once, at most
 _CELL_BYTES, _DOCUMENT_BYTES = 12_000, 100  # what the files of a cell take, and a row of its samples
 _LEAST = {"workers": 1, "shard_documents": 1, "num_cpus": 0, "num_gpus": 0, "expert_gpus": 0}
 
@@ -411,7 +414,11 @@ class _Run:
         self._grid, self._needs = grid, needs
         self._pool = Pool(self._creator(factors, worker), needs, grid.options.workers)
         self._metrics = GridMetrics(grid.plan.name)
+        self._weights = grid.parts.weights
+        self._writers = ThreadPoolExecutor(max_workers=_WRITERS)
+        self._commits: dict[Future[str], str] = {}  # under way, with the cell of each
         self._parts: dict[str, list[TaskScore]] = {}
+        self._errors: dict[str, str] = {}  # of cells whose failure is being committed, or is
         self._failed: dict[str, str] = {}
         self._unresolved: dict[str, str] = {}
         self._computed = 0
@@ -428,16 +435,32 @@ class _Run:
         """Work off all cells."""
         start = time.monotonic()
         queue = Queue(self._units(self._grid.missing))
-        with contextlib.closing(self._pool), _bar(self._grid) as bar:
-            for unit, result in self._pool.run(queue):
-                for status in self._receive(unit.tag, result):
-                    for added in self._units(self._advance()):
-                        queue.add(added)
-                    self._metrics.committed(status, self._grid.left - len(self._failed), self._pool.working)
-                    bar.total = self._grid.total
-                    bar.set_postfix_str(f"{self._pool.working} workers", refresh=False)
-                    bar.update()
+        with contextlib.closing(self._pool), self._writers, _bar(self._grid) as bar:
+            while queue or self._commits:
+                for unit, result in self._pool.run(queue):
+                    self._receive(unit.tag, result)
+                    self._settle(queue, bar, None if len(self._commits) >= _COMMITS else 0.0)
+                self._settle(queue, bar, None)
             return Outcome(computed=self._computed, failed=self._named(), seconds=time.monotonic() - start)
+
+    def _settle(self, queue: Queue, bar: tqdm, timeout: float | None) -> None:
+        """Take note of the commits that are over, waiting for one of them up to `timeout` seconds (None: for ever)."""
+        finished, _ = wait(self._commits, timeout, FIRST_COMPLETED)
+        for commit in finished:
+            commit.result()
+            name = self._commits.pop(commit)
+            if name in self._errors:
+                self._failed[name] = self._errors[name]
+            else:
+                self._grid.done.add(name)
+                self._computed += 1
+            for added in self._units(self._advance()):
+                queue.add(added)
+            status = "failed" if name in self._failed else "done"
+            self._metrics.committed(status, self._grid.left - len(self._failed), self._pool.working)
+            bar.total = self._grid.total
+            bar.set_postfix_str(f"{self._pool.working} workers", refresh=False)
+            bar.update()
 
     def _advance(self) -> Mapping[str, Cell]:
         """The cells of the second stage, once the first is over."""
@@ -469,9 +492,9 @@ class _Run:
         number = -(-len(task.documents) // self._grid.options.shard_documents)
         return [None] if number <= 1 else list(iter_shards(task, number))
 
-    def _receive(self, name: str, result: TaskScore | Exception) -> Iterator[str]:
-        """Take in the result of a unit; yields the status of its cell if that is now committed."""
-        if name in self._failed:
+    def _receive(self, name: str, result: TaskScore | Exception) -> None:
+        """Take in the result of a unit; begins to commit its cell if that is now whole, or has failed."""
+        if name in self._errors:
             return  # another part of its documents failed before
         cell = self._grid.cells[name]
         task = self._grid.tasks.tasks[cell.task]
@@ -481,29 +504,31 @@ class _Run:
             parts.append(result)
             if sum(part.documents for part in parts) < len(task.documents):
                 return
-            del self._parts[name]
-            self._commit(cell, parts[0] if len(parts) == 1 else task.merge(parts), None)
-            self._grid.done.add(name)
-            self._computed += 1
-            yield "done"
+            try:
+                result = parts[0] if len(parts) == 1 else task.merge(parts)
+            except Exception as error:  # the task's own aggregation, which may raise anything
+                result = error
+        self._parts.pop(name, None)
+        if isinstance(result, TaskScore):
+            self._commit(name, cell, result, None)
         else:
-            self._parts.pop(name, None)
-            self._failed[name] = " ".join(f"{type(result).__name__}: {result}".split())
-            self._commit(cell, None, self._failed[name])
-            yield "failed"
+            self._errors[name] = " ".join(f"{type(result).__name__}: {result}".split())
+            self._commit(name, cell, None, self._errors[name])
 
-    def _commit(self, cell: Cell, score: TaskScore | None, error: str | None) -> None:
-        commit_cell(
+    def _commit(self, name: str, cell: Cell, score: TaskScore | None, error: str | None) -> None:
+        commit = self._writers.submit(
+            commit_cell,
             self._grid.results,
             cell.key,
             score,
             mixture=cell.mixture.spec.to_dict(),
             active=cell.mixture.active,
             parameters=cell.mixture.parameters,
-            weights=self._grid.parts.weights,
+            weights=self._weights,
             group=self._grid.tasks.tasks[cell.task].group.name,
             error=error,
         )
+        self._commits[commit] = name
 
 
 def _bar(grid: Grid) -> tqdm:

@@ -102,6 +102,7 @@ class Pool:
         self._members: list[_Member] = []
         self._deaths: collections.Counter[int] = collections.Counter()
         self._looked = 0.0
+        self._stillborn = 0  # actors in a row that died before they were ready
 
     @property
     def working(self) -> int:
@@ -176,8 +177,14 @@ class Pool:
             member.node = ray.get(member.ready)
         except RayTaskError as error:
             raise FlexmoreError(f"a worker cannot start: {_reason(error)}") from error
-        except RayError:
-            self._members.remove(member)  # died before it was ready: the next look replaces it
+        except RayError as error:  # died before it was ready: the next look replaces it
+            self._members.remove(member)
+            self._stillborn += 1
+            if self._stillborn >= MAX_DEATHS:
+                reason = " ".join(str(error).split())[:300]
+                raise FlexmoreError(f"{MAX_DEATHS} workers in a row died while they started: {reason}") from error
+        else:
+            self._stillborn = 0
 
     def _receive(self, member: _Member, reference: Any, queue: Queue) -> Iterator[tuple[Unit, Any]]:
         unit = member.units[reference]

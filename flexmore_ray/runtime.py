@@ -52,9 +52,14 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
 
 
 def _connect(address: str, quiet: dict[str, Any]) -> None:
+    host, colon, port = address.rpartition(":")
     try:
-        _check_reachable(address)
-        ray.init(address=address, **quiet)
+        plain = bool(colon) and "/" not in address and port.isdigit()
+        if plain:  # try for some seconds, where Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+        local = plain and host in ("127.0.0.1", "localhost") and not _listens_outside(int(port))
+        with _loopback() if local else contextlib.nullcontext():
+            ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         raise FlexmoreError(
             f"RAY_ADDRESS: no Ray cluster answers at {address} ({' '.join(str(error).split())[:200]}); "
@@ -62,11 +67,13 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
         ) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Try HOST:PORT for some seconds, where Ray would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and "/" not in address and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+def _listens_outside(port: int) -> bool:
+    """Whether a port of this machine answers at its own address too, not on the loopback alone."""
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), port), timeout=_ANSWER_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _start(num_cpus: int | None, quiet: dict[str, Any]) -> None:

@@ -38,3 +38,10 @@ class Mortal(Doubler):
 class Unable(Doubler):
     def start(self):
         raise FileNotFoundError("/nowhere/source")
+
+
+class Stillborn(Doubler):
+    """Dies while it starts."""
+
+    def start(self):
+        os.kill(os.getpid(), signal.SIGKILL)

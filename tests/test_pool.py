@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.placement import Needs
 from flexmore_ray.pool import MAX_DEATHS, Pool, Queue, Unit
-from tests.actors import Doubler, Mortal, Unable
+from tests.actors import Doubler, Mortal, Stillborn, Unable
 
 
 def units(number: int, groups: int) -> list[Unit]:
@@ -96,3 +96,8 @@ def test_workers_that_cannot_start_end_the_run(local_ray):
     with pytest.raises(FlexmoreError, match="a worker cannot start: FileNotFoundError: /nowhere/source"):
         list(pool(Unable).run(Queue(units(3, 1))))
     assert time.monotonic() - start < 30
+
+
+def test_workers_that_die_while_they_start_end_the_run(local_ray):
+    with pytest.raises(FlexmoreError, match=f"{MAX_DEATHS} workers in a row died while they started"):
+        list(pool(Stillborn, size=1).run(Queue(units(3, 1))))
