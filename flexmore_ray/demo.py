@@ -29,7 +29,7 @@ SOURCE = "zoo://nano"
 SUITE = "nano"
 BUDGETS = (0.33, 0.5)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-PAIR_RANKS = (4, 32, "full")
+PAIR_RANKS = (4, 16, 64, "full")
 LIMIT = 100
 """Documents per task: half of what the suite has."""
 
