@@ -135,7 +135,7 @@ def score(specs: Mapping[str, MixtureSpec], out: Path) -> list[Row]:
         raise FlexmoreError(f"cells failed: {outcome.failed}")
     print(f"{outcome.computed} cells computed in {outcome.seconds:.0f} s")
     cells: dict[str, list[Cell]] = {}
-    for row in read_cells(grid.results).to_pylist():
+    for row in read_cells(grid.results, grid.cells).to_pylist():
         cell = Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})
         cells.setdefault(row["mixture_id"], []).append(cell)
     order = {name: index for index, name in enumerate(grid.tasks.tasks)}

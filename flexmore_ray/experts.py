@@ -378,7 +378,9 @@ def start_experts(
         if name not in names:
             raise UsageError(f"pin: no domain expert is called {name!r}; {suggest(name, names)}")
     check_max_rank(max_rank)
-    StoreWriter(folder, dtype)
+    writer = StoreWriter(folder, dtype)
+    if writer.committed:
+        check_digests(folder, read_entries(writer.committed), source)
     needs = {name: Needs(num_gpus=num_gpus, pin=(pin or {}).get(name)) for name in names}
     check_room({f"expert {name}": need for name, need in needs.items()}, nodes())
     run = uuid.uuid4().hex[:4]

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ import ray
 import torch
 from tqdm import tqdm
 
-from flexmore_ray.errors import FlexmoreError, StoreError, UsageError
+from flexmore_ray.atomic import write_file
+from flexmore_ray.errors import FlexmoreError, StoreError, TaskError, UsageError
 from flexmore_ray.evaluate import use_few_threads
 from flexmore_ray.experts import start_experts
 from flexmore_ray.harness import MixtureLM
 from flexmore_ray.metrics import GridMetrics
-from flexmore_ray.mixture import CachedFactors, Mixture, Parts, load_mixture, open_mixture, parse_dtype
+from flexmore_ray.mixture import CachedFactors, Mixture, Parts, load_mixture, load_tokenizer, open_mixture, parse_dtype
 from flexmore_ray.placement import Needs, check_room
 from flexmore_ray.plan import (
     Cell,
@@ -44,10 +44,10 @@ from flexmore_ray.plan import (
 )
 from flexmore_ray.pool import Pool, Queue, Unit
 from flexmore_ray.results import commit_cell, done_cells, read_cells
-from flexmore_ray.runtime import cluster, nodes
+from flexmore_ray.runtime import cluster, nodes, on_running_cluster
 from flexmore_ray.scores import PreparedTask, TaskScore, TaskSet, iter_shards, load_tasks
 from flexmore_ray.source import open_source
-from flexmore_ray.spec import MixtureSpec
+from flexmore_ray.spec import MixtureSpec, suggest
 from flexmore_ray.store import FactorSource, FactorStore, open_store
 
 SHARD_DOCUMENTS = 500
@@ -55,6 +55,8 @@ _WRITERS = 4  # threads that commit: most of a commit is waiting for the disk
 _COMMITS = 64  # under way at once, at most
 _CELL_BYTES, _DOCUMENT_BYTES = 12_000, 100  # what the files of a cell take, and a row of its samples
 _LEAST = {"workers": 1, "shard_documents": 1, "num_cpus": 0, "num_gpus": 0, "expert_gpus": 0}
+_SMALLEST_SHARE = 0.0001  # of a CPU or GPU that Ray can reserve
+_ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,11 @@ class Options:
     def __post_init__(self) -> None:
         for name, low in _LEAST.items():
             value = getattr(self, name)
+            option = name.removeprefix("num_").replace("_", "-")
             if value is not None and value < low:
-                raise UsageError(f"--{name.removeprefix('num_').replace('_', '-')}: at least {low}, got {value}")
+                raise UsageError(f"--{option}: at least {low}, got {value}")
+            if value and value < _SMALLEST_SHARE:
+                raise UsageError(f"--{option}: 0, or at least {_SMALLEST_SHARE}, got {value}")
 
         if not self.num_cpus and not self.num_gpus:
             raise UsageError("--cpus: a worker needs a share of a CPU or of a GPU for Ray to place it; got 0 of both")
@@ -111,7 +116,17 @@ class Grid:
 
     def __init__(self, plan: Plan, results: Path, options: Options) -> None:
         self.plan, self.results, self.options = plan, results, options
-        self.parts: Parts = open_mixture(plan.spec())
+        given = options.store or plan.store
+        spec = plan.spec()
+        if given and (Path(given) / "manifest.json").exists():  # its dtype is part of every mixture's identity
+            spec = dataclasses.replace(spec, store=str(given))
+        self.parts: Parts = open_mixture(spec)
+        self.store = Path(given).resolve() if given else CachedFactors(self.parts.source, 1).folder
+        for name in options.pin:
+            if name not in self.parts.source.experts[1:]:
+                raise UsageError(f"--pin: unknown expert {name!r}; {suggest(name, self.parts.source.experts[1:])}")
+        if spec.source:
+            self.parts = dataclasses.replace(self.parts, spec=dataclasses.replace(self.parts.spec, store=None))
         wanted = expand(plan, self.parts)
         self.tasks: TaskSet = load_tasks(
             list(plan.tasks),
@@ -152,17 +167,13 @@ class Grid:
         """The two-expert mixtures."""
         return [mixture for mixture in self.mixtures if mixture.pair]
 
-    def advance(self, failed: Mapping[str, object] = {}) -> dict[str, Cell]:
-        """Begin the second stage if the first is over: the cells that it adds, by hash.
-
-        Args:
-            failed: cells of the first stage that were computed and failed, by hash.
-        """
+    def advance(self) -> dict[str, Cell]:
+        """Begin the second stage if the first is over and nothing of it failed: the cells that it adds, by hash."""
         if not self.waiting:
             return {}
         ids = {mixture.mixture_id for mixture in self.pairs}
         first = {name for name, cell in self.cells.items() if cell.mixture.mixture_id in ids}
-        if not first <= self.done | set(failed):
+        if not first <= self.done:
             return {}
         scores: dict[str, dict[str, float]] = {}
         rows = read_cells(self.results, first & self.done).select(["mixture_id", "task", "value"])
@@ -190,7 +201,7 @@ class Grid:
 
     def record(self) -> dict[str, Any]:
         """What `results/plans/` keeps of this grid."""
-        record = plan_record(self.plan, self.parts, self.tasks, self.dtype, self.mixtures)
+        record = plan_record(self.plan, self.parts, self.tasks, self.dtype, self.mixtures, self.waiting)
         return record | {"store": str(self.store) if self.uses_factors else None}
 
     def summary(self) -> dict[str, Any]:
@@ -221,7 +232,7 @@ class Grid:
         experts = len(self.parts.source.experts) - 1
         documents = sum(len(task.documents) for task in self.tasks.tasks.values())
         return {
-            "worker": max((mixture.parameters for mixture in self.mixtures), default=0) * width,
+            "worker": (max(m.parameters for m in self.mixtures) + experts * per_rank * self.hold_rank) * width,
             "store": experts * per_rank * self.hold_rank * self.parts.factors.dtype.itemsize,
             "results": self.total * _CELL_BYTES + self.total // len(self.tasks.tasks) * documents * _DOCUMENT_BYTES,
         }
@@ -230,12 +241,6 @@ class Grid:
     def hold_rank(self) -> int:
         """The highest rank of a low-rank matrix in the plan; 0 if there is none."""
         return max((mixture.highest_rank for mixture in self.mixtures if mixture.uses_factors), default=0)
-
-    @property
-    def store(self) -> Path:
-        """Where the factors are, or will be."""
-        given = self.options.store or self.plan.store
-        return Path(given).resolve() if given else CachedFactors(self.parts.source, 1).folder
 
     @property
     def uses_factors(self) -> bool:
@@ -250,8 +255,8 @@ def read_record(path: Path) -> dict[str, Any]:
         FlexmoreError: it cannot be read or is none.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"source": list(record["source"]), **record} if record["weights"] is not None else record
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("source", "weights", "digests")} | record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FlexmoreError(f"{path}: not a plan's record ({error}); delete it, the cells stay") from error
 
@@ -260,9 +265,7 @@ def write_record(results: Path, record: Mapping[str, Any]) -> None:
     """Write a plan's record whole."""
     path = results / "plans" / record_name(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
 # ------------------------------------------------------------------------------------- workers
@@ -296,6 +299,7 @@ class Worker:
     def start(self) -> str:
         """Load the tasks and open the source; returns the id of the node."""
         source = open_source(self._base.source, self._base.experts)
+        load_tokenizer(source)
         use_few_threads(source.shape.hidden_size)
         if self._device == "cuda" and not torch.cuda.is_available():
             raise UsageError("a worker was given a GPU, but PyTorch sees none; install its CUDA build on the nodes")
@@ -307,19 +311,24 @@ class Worker:
         """Score a mixture on a task, or on some of its documents (ids; None: all).
 
         Raises:
-            TaskError: the task fails on a document.
-            UsageError: this node has other documents under the task's name than the driver.
+            FlexmoreError: the mixture cannot be made, the task fails on a document, or this node has other documents
+                under the task's name than the driver.
         """
         prepared = self._tasks[task]
         if prepared.content_hash != content:
             raise UsageError(f"task {task}: this node has other documents than the driver; use the same data on all")
-        self._switch(ranks, active)
-        return prepared.score(self._lm, documents)
+        try:
+            self._switch(ranks, active)
+            return prepared.score(self._lm, documents)
+        except FlexmoreError:
+            raise
+        except Exception as error:  # of a library; not every such exception can be sent
+            raise TaskError(f"task {task}: {type(error).__name__}: {error}") from None
 
     def _switch(self, ranks: Mapping[str, Any], active: int) -> None:
         if self._mixture is None:
             spec = dataclasses.replace(self._base, ranks=dict(ranks), active=active)
-            self._mixture = load_mixture(
+            mixture = load_mixture(
                 spec,
                 device=self._device,
                 dtype=self._dtype,
@@ -327,7 +336,8 @@ class Worker:
                 factors=self._factors,
                 hold_rank=self._hold_rank,
             )
-            self._lm = MixtureLM(self._mixture.model, self._mixture.tokenizer)
+            self._lm = MixtureLM(mixture.model, mixture.tokenizer)
+            self._mixture = mixture
         else:
             self._mixture.switch(ranks, active)
 
@@ -362,10 +372,11 @@ def run_grid(grid: Grid, worker: type[Worker] = Worker) -> Outcome:
         write_record(grid.results, grid.record())
         if not grid.missing and not grid.waiting:
             return Outcome(computed=0, failed={}, seconds=0.0)
+        _remove_abandoned(grid.results)
         needs = Needs(num_cpus=grid.options.num_cpus, num_gpus=grid.options.num_gpus)
         with cluster():
             check_room({"worker": needs}, nodes())
-            with _factors(grid) as factors:
+            with _factors(grid, needs) as factors:
                 return _Run(grid, factors, needs, worker).run()
 
 
@@ -380,19 +391,41 @@ def _alone(results: Path) -> Iterator[None]:
         yield
 
 
+def _remove_abandoned(results: Path) -> None:
+    """Remove temporary files that killed runs left."""
+    for path in results.glob("*/.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process may finish or remove its own
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+
+
 @contextlib.contextmanager
-def _factors(grid: Grid) -> Iterator[FactorSource | None]:
-    """The expert actors, where a mixture needs factors; on a single node with a store that has them all, the store."""
+def _factors(grid: Grid, worker: Needs) -> Iterator[FactorSource | None]:
+    """The expert actors, where a mixture needs factors; on this machine alone with a complete store, the store."""
     if not grid.uses_factors:
         yield None
         return
-    if len(nodes()) == 1 and (store := _complete_store(grid)):
+    if not on_running_cluster() and len(nodes()) == 1 and (store := _complete_store(grid)):
         yield store
         return
-    source, num_gpus = grid.parts.source, grid.options.expert_gpus
-    pin = grid.options.pin
-    with start_experts(source, grid.store, num_gpus=num_gpus, max_rank=grid.hold_rank, pin=pin) as actors:
+    source, options = grid.parts.source, grid.options
+    experts = {name: Needs(num_gpus=options.expert_gpus, pin=options.pin.get(name)) for name in source.experts[1:]}
+    check_room({"worker": worker, **{f"expert {name}": needs for name, needs in experts.items()}}, nodes())
+    actors = start_experts(
+        source,
+        grid.store,
+        num_gpus=options.expert_gpus,
+        max_rank=grid.hold_rank,
+        pin=options.pin,
+        dtype=str(grid.parts.factors.dtype).removeprefix("torch."),
+    )
+    try:
         yield actors
+        actors.commit()
+    except StoreError as error:  # the cells are safe; what is lost is a store to use again
+        print(f"note: the store is not complete: {error}", file=sys.stderr)
+    finally:
+        actors.close()
 
 
 def _complete_store(grid: Grid) -> FactorStore | None:
@@ -402,9 +435,11 @@ def _complete_store(grid: Grid) -> FactorStore | None:
         store.check_source(source)
     except StoreError:
         return None
-    keys = {key for name in source.experts[1:] for key in source.shape.keys(name)} - set(source.born_ranks)
-    held = set(store.keys())
-    return store if all(key in held and store.max_rank(key) >= grid.hold_rank for key in keys) else None
+    held, born = set(store.keys()), source.born_ranks
+    keys = [key for name in source.experts[1:] for key in source.shape.keys(name)]
+    needed = {key: min(grid.hold_rank, born.get(key, grid.hold_rank)) for key in keys}
+    complete = all(key in held and store.max_rank(key) >= rank for key, rank in needed.items())
+    return store if complete and store.dtype == grid.parts.factors.dtype else None
 
 
 class _Run:
@@ -420,14 +455,15 @@ class _Run:
         self._parts: dict[str, list[TaskScore]] = {}
         self._errors: dict[str, str] = {}  # of cells whose failure is being committed, or is
         self._failed: dict[str, str] = {}
-        self._unresolved: dict[str, str] = {}
         self._computed = 0
 
     def _creator(self, factors: FactorSource | None, worker: type[Worker]) -> Any:
         grid, options = self._grid, self._grid.options
         plan = grid.plan
         tasks = {"tasks": grid.tasks.suite, "split": plan.split, "limit": plan.limit, "seed": plan.seed}
-        base = dataclasses.replace(grid.parts.spec, source=tuple(grid.parts.source.describe()), store=None)
+        given = grid.parts.spec
+        experts = given.experts or (None if given.source else open_store(grid.store).experts)
+        base = MixtureSpec(source=tuple(grid.parts.source.describe()), experts=experts)
         remote = ray.remote(max_restarts=0, **self._needs.options())(worker)
         return lambda: remote.remote(base, tasks, factors, options.device, grid.dtype, grid.hold_rank)
 
@@ -465,12 +501,7 @@ class _Run:
     def _advance(self) -> Mapping[str, Cell]:
         """The cells of the second stage, once the first is over."""
         before = len(self._grid.mixtures)
-        try:
-            added = self._grid.advance(self._failed)
-        except UsageError as error:  # failed pairs leave nothing to choose from
-            self._unresolved = {item.name: str(error) for item in self._grid.waiting}
-            self._grid.waiting = []
-            return {}
+        added = self._grid.advance()
         if len(self._grid.mixtures) > before:
             write_record(self._grid.results, self._grid.record())
         return added
@@ -478,7 +509,7 @@ class _Run:
     def _named(self) -> dict[str, str]:
         cells = self._grid.cells
         failed = {f"{cells[name].mixture.name} on {cells[name].task}": text for name, text in self._failed.items()}
-        return failed | self._unresolved
+        return failed | {item.name: "waits for pairs that failed" for item in self._grid.waiting}
 
     def _units(self, cells: Mapping[str, Cell]) -> Iterator[Unit]:
         for name, cell in cells.items():

@@ -220,11 +220,7 @@ class Mixture:
         Raises:
             UsageError: the source's folder has none.
         """
-        folder = self._parts.source.trunk.folder
-        try:
-            return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+        return load_tokenizer(self._parts.source)
 
     @property
     def spec(self) -> MixtureSpec:
@@ -405,6 +401,19 @@ def load_mixture(
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else parts.source.dtype
     return Mixture(parts, place, parse_dtype(dtype), hold_rank)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that came with a source.
+
+    Raises:
+        UsageError: the source's folder has none.
+    """
+    folder = source.trunk.folder
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: no tokenizer that transformers can load: {error}") from error
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,6 +1,7 @@
 """What a grid computes: a plan names mixtures and tasks; here it is read, expanded, identified and counted.
 
-A plan is a YAML file, or a preset with a source and tasks:
+A plan is a YAML file, or a preset with a source and tasks. Mixture files in it are found relative to the plan, all
+other paths relative to the working directory.
 
     source: zoo://nano                     # or store: DIR, or a list of name=FOLDER
     experts: [public, math, ...]           # optional: names for an N-expert checkpoint
@@ -40,7 +41,8 @@ from flexmore_ray.mixture import Parts
 from flexmore_ray.results import CellKey
 from flexmore_ray.scores import TaskSet
 from flexmore_ray.source import open_source
-from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, check_matrix_rank, suggest
+from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, UniqueKeys, check_matrix_rank, suggest
+from flexmore_ray.store import open_store
 from flexmore_ray.suites import Group
 
 RULES = ("best", "best2")
@@ -71,10 +73,14 @@ class Plan:
     seed: int = 1234
     mixtures: tuple[Mapping[str, Any] | str, ...]
     """Entries as in the YAML file."""
+    preset: str | None = None
+    """The preset it was made from; None for any other."""
     folder: Path = Path()
     """What relative paths of mixture files are relative to."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise UsageError(f"plan: its name is a word, got {self.name!r}")
         if not self.tasks:
             raise UsageError(f"plan {self.name}: tasks is a suite, a task or a list of them, got none; see --tasks")
         if self.split not in SPLITS:
@@ -127,12 +133,12 @@ def read_plan(path: str | Path | None = None, preset: str | None = None, **given
     data["mixtures"] = tuple(data.get("mixtures") or ())
     experts = data.get("experts")
     data["experts"] = None if experts is None else tuple(_strings(experts, f"{where}: experts"))
-    return Plan(**data, folder=Path(path).parent if path is not None else Path())
+    return Plan(**data, preset=preset, folder=Path(path).parent if path is not None else Path())
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such plan file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -175,13 +181,14 @@ def expand(plan: Plan, parts: Parts) -> list[Wanted]:
     Raises:
         UsageError: an entry with unknown keys or values, a rule without pairs, or one name for two mixtures.
     """
+    domains = parts.source.experts[1:]
     wanted = [item for index, entry in enumerate(plan.mixtures) for item in _expand(plan, index, entry, parts)]
     by_name: dict[str, Wanted] = {}
     for item in wanted:
         if by_name.setdefault(item.name, item) != item:
             raise UsageError(f"plan {plan.name}: two mixtures are called {item.name!r}; give one another name")
     first = sorted(by_name.values(), key=lambda item: item.pair is None)
-    if any(item.rule for item in first) and {item.pair for item in first} - {None} != set(parts.source.experts[1:]):
+    if any(item.rule for item in first) and {item.pair for item in first} - {None} != set(domains):
         raise UsageError(
             f"plan {plan.name}: best and best2 choose among two-expert mixtures of every expert; add an entry pairs"
         )
@@ -208,6 +215,8 @@ def _expand(plan: Plan, index: int, entry: Any, parts: Parts) -> Iterator[Wanted
         yield Wanted(name=name, ranks=dict.fromkeys(domains, FULL) | ranks, active=entry.get("active"))
     elif kind == "pairs":
         chosen = _strings(entry.get("of", list(domains)), f"{where}.of")
+        if not chosen:
+            raise UsageError(f"{where}.of: a list of experts is needed, got an empty one")
         for expert in chosen:
             if expert not in domains:
                 raise UsageError(f"{where}.of: unknown expert {expert!r}; {suggest(expert, list(domains))}")
@@ -234,7 +243,9 @@ def _actives(value: Any, plan: Plan, where: str, parts: Parts) -> list[int]:
     experts = len(parts.source.experts)
     items = value if isinstance(value, list) else [parts.assignment.active if value is None else value]
     numbers = [experts if item == "all" else item for item in items]
-    if plan.name in PRESETS:  # on a mixture of fewer experts than the publication's
+    if not numbers:
+        raise UsageError(f"{where}.active: a number of experts, or a list of them, is needed, got an empty one")
+    if plan.preset:  # on a mixture of fewer experts than the publication's
         numbers = [number for number in numbers if number <= experts]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= experts:
@@ -246,6 +257,8 @@ def _ranks(value: Any, where: str, words: Sequence[str] = ()) -> list[Any]:
     items = value if isinstance(value, list) else [value]
     if not items:
         raise UsageError(f"{where}: a list of ranks is needed, got an empty one")
+    if DROP in items:
+        raise UsageError(f"{where}: drop leaves out an expert that an entry with ranks names; here all have one rank")
     return [item if item in words else check_matrix_rank(item, where=where) for item in items]
 
 
@@ -256,9 +269,13 @@ def _word(rank: Any) -> str:
 def _from_file(plan: Plan, file: str, parts: Parts) -> Wanted:
     path = plan.folder / file
     spec = MixtureSpec.load(path)
-    ours, theirs = parts.source.describe(), open_source(spec.source, spec.experts).describe() if spec.source else None
-    if theirs not in (None, ours):
-        raise UsageError(f"plan {plan.name}: {path} is of {', '.join(theirs or ())}, the plan of {', '.join(ours)}")
+    store = open_store(Path(spec.store)) if spec.store else None
+    source = spec.source or (store.sources if store else ())
+    ours, theirs = parts.source.describe(), open_source(source, spec.experts).describe()
+    if theirs != ours:
+        raise UsageError(f"plan {plan.name}: {path} is of {', '.join(theirs)}, the plan of {', '.join(ours)}")
+    if store:
+        store.check_source(parts.source)
     ranks = dict.fromkeys(parts.source.experts[1:], FULL) | dict(spec.ranks)
     return Wanted(name=path.stem, ranks=ranks, active=spec.active)
 
@@ -284,7 +301,7 @@ class PlannedMixture:
     """Whether any expert is cut to a rank of its decomposition."""
     pair: str | None
     rank: Any
-    """Canonical rank of the expert of a pair; None for any other mixture."""
+    """Canonical rank of the expert of a pair, as a mixture file says it; None for any other mixture."""
 
     @property
     def mixture_id(self) -> str:
@@ -316,11 +333,12 @@ def identify(wanted: Sequence[Wanted], parts: Parts) -> list[PlannedMixture]:
             variant = parts.with_spec(spec)
         except UsageError as error:
             raise UsageError(f"mixture {item.name}: {error}") from None
-        count = variant.count()
+        count, identified = variant.count(), variant.identified()
+        ranks = {name: canonical_rank(name, variant, parts) for name in parts.source.experts[1:]}
         planned.append(
             PlannedMixture(
                 name=item.name,
-                spec=variant.identified(),
+                spec=dataclasses.replace(identified, ranks=ranks),
                 active=variant.assignment.active,
                 parameters=count.total,
                 full_parameters=count.full_total,
@@ -328,10 +346,16 @@ def identify(wanted: Sequence[Wanted], parts: Parts) -> list[PlannedMixture]:
                 highest_rank=variant.assignment.highest_rank,
                 uses_factors=variant.uses_factors,
                 pair=item.pair,
-                rank=variant.assignment.summary(item.pair) if item.pair else None,
+                rank=ranks[item.pair] if item.pair else None,
             )
         )
     return planned
+
+
+def canonical_rank(expert: str, variant: Parts, full: Parts) -> ExpertRank:
+    """An expert's rank in a mixture, in the shortest way; "full" where it is as its owner made it, low-rank or not."""
+    rank = variant.assignment.compact(expert)
+    return FULL if rank == full.assignment.compact(expert) else rank
 
 
 def plan_cells(mixtures: Sequence[PlannedMixture], tasks: TaskSet, dtype: str) -> dict[str, Cell]:
@@ -385,15 +409,11 @@ def best_ranks(
     for expert in dict.fromkeys(pair.pair for pair in pairs if pair.pair):
         own = [group for group in groups if group.domain == expert]
         judged_by = own if rule == "best2" and own else groups
-        candidates = {
-            pair.rank: _average(scores[pair.mixture_id], judged_by)
-            for pair in pairs
-            if pair.pair == expert and tasks <= set(scores.get(pair.mixture_id, ()))
-        }
+        candidates = [pair for pair in pairs if pair.pair == expert and tasks <= set(scores.get(pair.mixture_id, ()))]
         if not candidates:
             raise UsageError(f"{rule}: no two-expert mixture of {expert} has a score for every task")
-        by_size = sorted(candidates, key=lambda rank: float("inf") if rank == FULL else rank)
-        ranks[expert] = max(by_size, key=lambda rank: candidates[rank])
+        by_size = sorted(candidates, key=lambda pair: pair.parameters)
+        ranks[expert] = max(by_size, key=lambda pair: _average(scores[pair.mixture_id], judged_by)).rank
     return ranks
 
 
@@ -406,9 +426,15 @@ def _average(scores: Mapping[str, float], groups: Sequence[Group]) -> float:
 
 
 def plan_record(
-    plan: Plan, parts: Parts, tasks: TaskSet, dtype: str, mixtures: Sequence[PlannedMixture]
+    plan: Plan,
+    parts: Parts,
+    tasks: TaskSet,
+    dtype: str,
+    mixtures: Sequence[PlannedMixture],
+    waiting: Sequence[Wanted] = (),
 ) -> dict[str, Any]:
     """What `results/plans/` keeps of a plan: the names of its mixtures, its groups, and what it was made from."""
+    full = {name: parts.assignment.summary(name) for name in parts.source.experts[1:]}
     digests = {name: parts.source.expert_digest(name)[:16] for name in parts.source.experts}
     return {
         "format": "flexmore-plan-1",
@@ -416,12 +442,14 @@ def plan_record(
         "source": parts.source.describe(),
         "experts": list(parts.source.experts),
         "full_rank": parts.source.shape.full_rank,
+        "full_ranks": {name: rank for name, rank in full.items() if isinstance(rank, int)},
         "weights": parts.weights,
         "digests": digests,
         "dtype": dtype,
         "split": plan.split,
         "limit": plan.limit,
         "seed": plan.seed,
+        "entries": list(plan.mixtures),
         "groups": [
             {"name": group.name, "tasks": list(group.tasks), "kind": group.kind, "domain": group.domain}
             for group in tasks.suite.groups
@@ -437,11 +465,12 @@ def plan_record(
                 "full_parameters": mixture.full_parameters,
             }
             for mixture in mixtures
-        ],
+        ]
+        + [{"name": item.name} for item in waiting],
     }
 
 
 def record_name(record: Mapping[str, Any]) -> str:
     """File name of a record: the same for a plan before and after its second stage."""
-    content = {key: value for key, value in record.items() if key != "mixtures"}
+    content = {key: value for key, value in record.items() if key not in ("mixtures", "store")}
     return f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}.json"

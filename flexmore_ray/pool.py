@@ -11,26 +11,28 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from flexmore_ray.errors import FlexmoreError
-from flexmore_ray.placement import Needs
+from flexmore_ray.placement import Needs, offer
 from flexmore_ray.runtime import nodes
 
 MAX_DEATHS = 5
 """A unit during which this many actors died, on nodes that lived on, has failed: it takes too much memory, say."""
 _LOOK_SECONDS = 1.0  # how often the pool looks at the nodes
+_PATIENCE_SECONDS = 60.0
 _AHEAD = 2  # units given to an actor at once, so that it never waits for the driver
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
-    """A piece of work for one call of an actor."""
+    """A piece of work for one call of an actor; each is itself alone."""
 
     group: Hashable
     """Units of one group share what an actor holds."""
@@ -100,8 +102,9 @@ class Pool:
     def __init__(self, create: Callable[[], Any], needs: Needs, size: int | None = None) -> None:
         self._create, self._needs, self._size = create, needs, size
         self._members: list[_Member] = []
-        self._deaths: collections.Counter[int] = collections.Counter()
+        self._losses: collections.Counter[Unit] = collections.Counter()
         self._looked = 0.0
+        self._since, self._said = time.monotonic(), False
         self._stillborn = 0  # actors in a row that died before they were ready
 
     @property
@@ -134,6 +137,10 @@ class Pool:
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return
         self._looked = time.monotonic()
+        if not self._said and not self.working and self._looked - self._since > _PATIENCE_SECONDS:
+            self._said = True
+            waited = f"no worker has started in {_PATIENCE_SECONDS:.0f} s; each asks for {self._needs} on one node"
+            print(f"note: {waited}, and the cluster has {offer(nodes())}; waiting", file=sys.stderr, flush=True)
         wanted = sum(map(self._needs.capacity, nodes())) if self._size is None else self._size
         busy = sum(bool(member.units) for member in self._members)
         for _ in range(len(self._members), int(min(wanted, busy + waiting))):
@@ -181,8 +188,7 @@ class Pool:
             self._members.remove(member)
             self._stillborn += 1
             if self._stillborn >= MAX_DEATHS:
-                reason = " ".join(str(error).split())[:300]
-                raise FlexmoreError(f"{MAX_DEATHS} workers in a row died while they started: {reason}") from error
+                raise FlexmoreError(f"{MAX_DEATHS} workers in a row died while they started: {_line(error)}") from error
         else:
             self._stillborn = 0
 
@@ -195,10 +201,12 @@ class Pool:
         except RayActorError:
             yield from self._bury(member, queue)
             return
-        except RayError:  # the result was lost with its node
+        except ObjectLostError as error:  # the result went with its node
             del member.units[reference]
-            queue.add(unit, first=True)
+            yield from self._again(unit, queue, error)
             return
+        except RayError as error:  # a result that cannot be read here
+            result = FlexmoreError(_line(error))
         del member.units[reference]
         yield unit, result
 
@@ -208,14 +216,24 @@ class Pool:
         alive = any(node["NodeID"] == member.node for node in nodes())
         for position, unit in reversed(list(enumerate(member.units.values()))):
             if position == 0 and alive:
-                self._deaths[id(unit)] += 1
-                if self._deaths[id(unit)] >= MAX_DEATHS:
-                    yield unit, FlexmoreError(f"{MAX_DEATHS} workers died while they computed it; out of memory?")
-                    continue
-            queue.add(unit, first=True)
+                yield from self._again(unit, queue, f"{MAX_DEATHS} workers died while they computed it; out of memory?")
+            else:
+                queue.add(unit, first=True)
         self._looked = 0.0
+
+    def _again(self, unit: Unit, queue: Queue, reason: object) -> Iterator[tuple[Unit, Any]]:
+        """Put back a unit that was lost, unless that was so often that it is to blame."""
+        self._losses[unit] += 1
+        if self._losses[unit] < MAX_DEATHS:
+            queue.add(unit, first=True)
+        else:
+            yield unit, FlexmoreError(_line(reason))
 
 
 def _reason(error: RayTaskError) -> str:
     cause = error.cause if isinstance(error.cause, BaseException) else error
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+    return f"{type(cause).__name__}: {_line(cause)}"
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:500]

@@ -205,21 +205,25 @@ def has_cell(root: str | Path, key: CellKey) -> bool:
 
 
 def done_cells(root: str | Path, cells: Iterable[str]) -> set[str]:
-    """Those of some cells (hashes) that are there and did not fail.
+    """Those of some cells (hashes) that are there with their samples, and did not fail.
 
     Raises:
         FlexmoreError: The folder cannot be read, or a file in it is damaged (named).
     """
     folder = Path(root) / "cells"
+    there, sampled = (_names(Path(root) / name) for name in ("cells", "samples"))
+    found = [cell for cell in cells if f"{cell}.parquet" in there & sampled]
+    status = _read([folder / f"{cell}.parquet" for cell in found], pa.schema([("status", pa.string())]))["status"]
+    return {cell for cell, value in zip(found, status.to_pylist(), strict=True) if value == DONE}
+
+
+def _names(folder: Path) -> set[str]:
     try:
-        there = {entry.name for entry in os.scandir(folder)}
+        return {entry.name for entry in os.scandir(folder)}
     except FileNotFoundError:
         return set()
     except OSError as error:
         raise FlexmoreError(f"results: {folder} cannot be read: {error.strerror}") from error
-    found = [cell for cell in cells if f"{cell}.parquet" in there]
-    status = _read([folder / f"{cell}.parquet" for cell in found], pa.schema([("status", pa.string())]))["status"]
-    return {cell for cell, value in zip(found, status.to_pylist(), strict=True) if value == DONE}
 
 
 def read_cell(root: str | Path, key: CellKey) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,14 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    before = os.environ.get("RAY_AUTH_MODE")
+    before, on_terminate = os.environ.get("RAY_AUTH_MODE"), signal.getsignal(signal.SIGTERM)
     try:
-        if address and address != "local":
-            _connect(address, quiet)
+        if on_running_cluster():
+            _connect(os.environ["RAY_ADDRESS"], quiet)
         else:
             _start(num_cpus, quiet)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # which ray.init puts its own in place of
         yield
     finally:
         ray.shutdown()
@@ -100,6 +103,11 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def on_running_cluster() -> bool:
+    """Whether ``RAY_ADDRESS`` names a cluster, which may have more nodes in a moment."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 def nodes() -> list[dict[str, Any]]:

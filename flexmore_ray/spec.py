@@ -308,7 +308,7 @@ class MixtureSpec:
         """
         path = Path(path)
         try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+            data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
         except FileNotFoundError:
             raise UsageError(f"{path}: no such mixture file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -402,10 +402,11 @@ def _relative_to(item: str, folder: Path) -> str:
     return f"{name}{equals}{(folder / path).resolve()}"
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not a choice of the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node, its keys unique."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:

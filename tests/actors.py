@@ -45,3 +45,19 @@ class Stillborn(Doubler):
 
     def start(self):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class OddError(Exception):
+    """Cannot be made again from its one argument."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
+class Odd(Doubler):
+    """Fails on unit 1 with an error that cannot be sent."""
+
+    def run(self, number):
+        if number == 1:
+            raise OddError("one", "two")
+        return super().run(number)

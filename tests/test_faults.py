@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +57,9 @@ class Simulated:
 
     def start(self, results: Path) -> None:
         """Start the driver."""
-        command = [sys.executable, "-m", "flexmore_ray", "grid", str(self.plan), "--results", str(results), "--json"]
+        store = results.with_name(f"store-of-{results.name}")
+        command = [sys.executable, "-m", "flexmore_ray", "grid", str(self.plan)]
+        command += ["--results", str(results), "--store", str(store), "--json"]
         with open(results.parent / "driver.log", "a") as log:
             environment = {**os.environ, "RAY_ADDRESS": self.cluster.address}
             self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -202,16 +205,19 @@ def wait_for(condition: Callable[[], bool], simulated: Simulated) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_no_process_of_its_own_cluster(ray_home, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_driver_leaves_no_process_of_its_own_cluster(stop, ray_home, tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN)
     command = [sys.executable, "-m", "flexmore_ray", "grid", "plan.yaml", "--results", "results"]
-    driver = subprocess.Popen(command, cwd=tmp_path)
+    driver = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     family: list[psutil.Process] = []
     while not any("ray::Worker" in " ".join(process.cmdline()) for process in family):
         time.sleep(0.5)
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(driver.pid).children(recursive=True)
-    driver.kill()
-    driver.wait()
+    driver.send_signal(stop)
+    _, said = driver.communicate(timeout=60)
+    if stop == signal.SIGTERM:
+        assert (driver.returncode, said) == (1, "flexmore: interrupted; what was finished is kept\n")
     _, alive = psutil.wait_procs(family, timeout=120)  # Ray's agents take a minute to notice
     assert [process.cmdline() for process in alive] == []

@@ -13,15 +13,19 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexmore_ray.__main__ import main
-from flexmore_ray.errors import UsageError
+from flexmore_ray.build import build_store
+from flexmore_ray.errors import FlexmoreError, StoreError, UsageError
 from flexmore_ray.evaluate import evaluate
 from flexmore_ray.export import export_mixture
 from flexmore_ray.grid import Grid, Options, run_grid
 from flexmore_ray.mixture import load_mixture
 from flexmore_ray.plan import Plan, best_ranks
+from flexmore_ray.report import write_report
 from flexmore_ray.results import read_cells, read_samples
 from flexmore_ray.scores import load_tasks
+from flexmore_ray.source import open_source
 from flexmore_ray.spec import MixtureSpec
+from tests import common
 from tests.test_results import COMMON, DATA, TASKS
 
 NANO = ("nano_arithmetic", "nano_mayors")
@@ -204,3 +208,61 @@ def test_a_gpu_that_is_not_there_is_refused_and_nothing_hangs(local_ray, tmp_pat
     command = ["grid", "--preset", "paper", "--source", "zoo://nano", "--tasks", "nano_order", "--limit", "1"]
     assert main([*command, "--results", str(tmp_path), "--gpus", "1"]) == 2
     assert "asks for 1 CPU and 1 GPU on one node; the cluster has 1 node: CPU 4" in capsys.readouterr().err
+
+
+def test_a_store_of_another_dtype_makes_other_mixtures(tmp_path):
+    source = open_source(["zoo://nano"])
+    build_store(source, tmp_path / "half", max_rank=2, dtype="bfloat16")
+    rounded = Grid(small_plan(), tmp_path / "results", Options(store=tmp_path / "half"))
+    exact = Grid(small_plan(), tmp_path / "results", Options())
+    names = {mixture.mixture_id: mixture.name for mixture in exact.mixtures}
+    same = {names[mixture.mixture_id] for mixture in rounded.mixtures if mixture.mixture_id in names}
+    assert same == {name for name in names.values() if "full" in name}  # no factors in those
+    assert rounded.parts.spec.store is None  # which store it was does not matter
+
+
+def test_a_store_of_other_weights_is_refused_before_anything_is_computed(tmp_path):
+    model = common.random_model()
+    other = open_source([str(common.write(model, tmp_path / "model", expert_names=list(common.NAMES)))])
+    build_store(other, tmp_path / "store", max_rank=2)
+    with pytest.raises(StoreError, match="other weights"):
+        Grid(small_plan(), tmp_path / "results", Options(store=tmp_path / "store"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_experts_that_were_born_low_rank(local_ray, tmp_path):
+    """A rank at or above its own is the expert as its owner made it, in plan, results and second stage."""
+    spec = MixtureSpec(source=("zoo://nano",), ranks={"math": {"gate_proj": 8, "up_proj": 8, "down_proj": 16}})
+    adapters = export_mixture(spec, tmp_path / "adapters", "peft")
+    build_store(open_source(["zoo://nano"]), tmp_path / "store", max_rank=4)  # without the new expert
+    plan = small_plan(
+        source=("zoo://nano", f"law={adapters / 'math'}"),
+        tasks=("nano_order",),
+        limit=2,
+        mixtures=({"pairs": [4, 64, "full"]}, {"uniform": ["best"], "active": "all"}),
+    )
+    grid = Grid(plan, tmp_path / "results", Options(workers=1))
+    law = {mixture.name: mixture for mixture in grid.pairs if mixture.pair == "law"}
+    assert law["pair-law-r64"].mixture_id == law["pair-law-full"].mixture_id != law["pair-law-r4"].mixture_id
+    assert [law[f"pair-law-{rank}"].rank for rank in ("r4", "r64", "full")] == [4, "full", "full"]
+    assert run_grid(grid).failed == {}
+    best = next(mixture for mixture in grid.mixtures if mixture.name == "best-a8")
+    assert best.spec.ranks["law"] in (4, "full")
+    assert write_report(grid.results, tmp_path / "report")["sections"]
+
+
+def test_a_source_without_tokenizer_ends_the_run_at_once(local_ray, tmp_path):
+    folder = common.write(common.random_model(), tmp_path / "model", expert_names=list(common.NAMES))
+    plan = small_plan(source=(str(folder),), tasks=("nano_order",), limit=1, mixtures=({"uniform": ["full"]},))
+    with pytest.raises(FlexmoreError, match=r"a worker cannot start: UsageError: .*no tokenizer"):
+        run_grid(Grid(plan, tmp_path / "results", Options(workers=1)))
+
+
+def test_results_without_their_samples_are_computed_again(grid):
+    lost = next(iter(grid.cells))
+    before = rows(grid.results)
+    (grid.results / "samples" / f"{lost}.parquet").unlink()
+    again = Grid(small_plan(), grid.results, Options(workers=1))
+    assert list(again.missing) == [lost]
+    assert run_grid(again).computed == 1
+    assert rows(grid.results) == before

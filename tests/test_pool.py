@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.placement import Needs
 from flexmore_ray.pool import MAX_DEATHS, Pool, Queue, Unit
-from tests.actors import Doubler, Mortal, Stillborn, Unable
+from tests.actors import Doubler, Mortal, Odd, Stillborn, Unable
 
 
 def units(number: int, groups: int) -> list[Unit]:
@@ -101,3 +101,11 @@ def test_workers_that_cannot_start_end_the_run(local_ray):
 def test_workers_that_die_while_they_start_end_the_run(local_ray):
     with pytest.raises(FlexmoreError, match=f"{MAX_DEATHS} workers in a row died while they started"):
         list(pool(Stillborn, size=1).run(Queue(units(3, 1))))
+
+
+def test_an_error_that_cannot_be_read_here_fails_its_unit_alone(local_ray):
+    workers = pool(Odd, size=1)
+    results = {unit.tag: result for unit, result in workers.run(Queue(units(3, 1)))}
+    assert isinstance(results.pop(1), Exception)
+    assert {tag: result[0] for tag, result in results.items()} == {0: 0, 2: 4}
+    workers.close()

@@ -235,7 +235,7 @@ def curve(section: Section, measure: Measure, expert: str) -> Curve:
     """The scores of one expert's two-expert mixtures, those that were scored."""
     columns = {m.pair[1]: i for i, m in enumerate(section.mixtures) if m.pair and m.pair[0] == expert}
     ranks = sorted((r for r in columns if not np.isnan(measure.value[columns[r]])), key=_order)
-    x = np.array([_log2(rank, section.full_rank) for rank in ranks])
+    x = np.array([_log2(rank, section.full_ranks.get(expert, section.full_rank)) for rank in ranks])
     return Curve(tuple(ranks), x, measure[[columns[rank] for rank in ranks]])
 
 

@@ -144,7 +144,7 @@ def _draw_panel(ax: Axes, panel: Panel, experts: Sequence[str], scale: _Scale) -
             linestyle="--" if i is None else "-",
         )
     scale.apply(ax)
-    ax.set_title("\n".join(textwrap.wrap(panel.title, 24)))
+    ax.set_title("\n".join(_short(line, 24) for line in textwrap.wrap(panel.title, 24)))
 
 
 def _legend_of_experts(ax: Axes, panels: Sequence[Panel], experts: Sequence[str]) -> None:
@@ -336,7 +336,9 @@ def _name_points(ax: Axes, size: Array, score: Array, named: Sequence[tuple[int,
 
 
 def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    """A name as matplotlib draws it letter for letter, cut to a length."""
+    cut = text if len(text) <= length else f"{text[: length - 1]}…"
+    return cut.replace("$", r"\$")
 
 
 def _save(figure: Figure, path: Path) -> None:

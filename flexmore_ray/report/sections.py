@@ -134,6 +134,8 @@ class Plan:
     setting: Setting
     experts: tuple[str, ...]
     full_rank: int | None
+    full_ranks: Mapping[str, int]
+    """Expert -> own rank, of experts that were low-rank from the start."""
     store: str | None
     groups: tuple[Group, ...]
     mixtures: tuple[Mixture, ...]
@@ -169,6 +171,8 @@ class Section:
     """Domain experts."""
     full_rank: int | None
     """Rank from which on an expert is full; None: not known."""
+    full_ranks: Mapping[str, int]
+    """Expert -> own rank, of experts that were low-rank from the start: there they are full."""
     store: str | None
     """Folder of the factors; None: not known."""
     groups: tuple[Group, ...]
@@ -270,6 +274,7 @@ def _read_plan(path: Path) -> Plan:
             setting=setting,
             experts=tuple(data["experts"]),
             full_rank=data["full_rank"],
+            full_ranks=data.get("full_ranks", {}),
             store=data.get("store"),
             groups=tuple(Group(**group | {"tasks": tuple(group["tasks"])}) for group in data["groups"]),
             mixtures=_join_names(_plan_mixture(entry, data) for entry in resolved),
@@ -327,7 +332,7 @@ def _merge_plans(plans: Iterable[Plan]) -> list[Plan]:
         for i, other in enumerate(merged):
             same = all(
                 getattr(plan, name) == getattr(other, name)
-                for name in ("setting", "experts", "full_rank", "groups", "editions")
+                for name in ("setting", "experts", "full_rank", "full_ranks", "groups", "editions")
             )
             mixtures = _join_names(other.mixtures + plan.mixtures)
             if same and len({_assignment(mixture) for mixture in mixtures}) == len(mixtures):
@@ -372,6 +377,7 @@ def _unplanned(cells: Sequence[Cell]) -> Plan:
         setting=cells[0].setting,
         experts=("public", *(name for name in names if name != "public")),
         full_rank=None,
+        full_ranks={},
         store=None,
         groups=tuple(Group(name=name, tasks=tuple(sorted(found))) for name, found in sorted(tasks.items())),
         mixtures=(),
@@ -401,6 +407,7 @@ def _section(plan: Plan, cells: Sequence[Cell]) -> Section:
         plans=plan.names,
         experts=plan.experts[1:],
         full_rank=plan.full_rank,
+        full_ranks=plan.full_ranks,
         store=plan.store,
         groups=kept,
         mixtures=_with_full_parameters(mixtures),
