@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from flexmore_ray.export import export_mixture
-from flexmore_ray.grid import Grid, Options, Worker, run_grid
+from flexmore_ray.grid import Grid, Options, run_grid
 from flexmore_ray.plan import Plan
 from flexmore_ray.results import read_cells
 from flexmore_ray.scores import TaskScore
 from flexmore_ray.spec import MixtureSpec
 from flexmore_ray.suites import load_suite
+from flexmore_ray.worker import Worker
 
 SOURCE = "zoo://nano"
 DOMAINS = ("math", "news", "academic", "code", "creative", "reddit")
