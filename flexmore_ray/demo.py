@@ -179,6 +179,6 @@ Written
 
 Next
   flexmore eval {mixture} --tasks {SUITE} --split test
-  flexmore grid --preset paper --source {SOURCE} --tasks {SUITE} --results grid   (10 minutes: the whole 150 mixtures)
+  flexmore grid --preset paper --source {SOURCE} --tasks {SUITE} --results grid   (six minutes: the whole 150 mixtures)
   flexmore export {mixture} --format flexolmo --out dense"""
     )
