@@ -127,7 +127,7 @@ class Grid:
         wanted = expand(plan, self.parts)
         self.tasks: TaskSet = load_tasks(
             list(plan.tasks),
-            split=plan.split,  # type: ignore[arg-type]
+            split=plan.split,
             limit=plan.limit,
             seed=plan.seed,
         )

@@ -31,17 +31,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, get_args
 
 from flexmore_ray.errors import UsageError
 from flexmore_ray.evaluate import cell_key
 from flexmore_ray.mixture import Parts
 from flexmore_ray.results import CellKey
-from flexmore_ray.scores import TaskSet
+from flexmore_ray.scores import Split, TaskSet
 from flexmore_ray.source import open_source
-from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, UniqueKeys, check_matrix_rank, suggest
+from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, check_matrix_rank, read_yaml, suggest
 from flexmore_ray.store import open_store
 from flexmore_ray.suites import Group
 
@@ -52,7 +50,6 @@ PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "paper": ({"pairs": [*PAPER_RANKS]}, {"uniform": [*PAPER_RANKS, *RULES], "active": [2, 4, "all"]}),
 }
 """Grids by name; `paper` is that of arXiv 2602.08818: 96 two-expert mixtures and 54 of all seven experts."""
-SPLITS = ("validation", "test")
 _PLAN_KEYS = ("name", "source", "store", "experts", "tasks", "split", "limit", "seed", "mixtures")
 _ENTRY_KEYS = {"pairs": ("pairs", "of"), "uniform": ("uniform", "active"), "ranks": ("name", "ranks", "active")}
 
@@ -67,7 +64,7 @@ class Plan:
     store: str | None = None
     experts: tuple[str, ...] | None = None
     tasks: tuple[str, ...]
-    split: str = "validation"
+    split: Split = "validation"
     limit: int | None = None
     """Documents per task, the first of the split; None: all."""
     seed: int = 1234
@@ -83,8 +80,8 @@ class Plan:
             raise UsageError(f"plan: its name is a word, got {self.name!r}")
         if not self.tasks:
             raise UsageError(f"plan {self.name}: tasks is a suite, a task or a list of them, got none; see --tasks")
-        if self.split not in SPLITS:
-            raise UsageError(f"plan {self.name}: split is one of {', '.join(SPLITS)}, got {self.split!r}")
+        if self.split not in get_args(Split):
+            raise UsageError(f"plan {self.name}: split is one of {', '.join(get_args(Split))}, got {self.split!r}")
         for key, low in (("limit", 1), ("seed", 0)):
             value = getattr(self, key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
@@ -115,7 +112,7 @@ def read_plan(path: str | Path | None = None, preset: str | None = None, **given
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: unknown preset {preset!r}; {suggest(preset, list(PRESETS))}")
     data: dict[str, Any] = (
-        _read_yaml(Path(path)) if path is not None else {"name": preset, "mixtures": list(PRESETS[preset or ""])}
+        _read_file(Path(path)) if path is not None else {"name": preset, "mixtures": list(PRESETS[preset or ""])}
     )
     where = str(path) if path is not None else f"preset {preset}"
     for key in data:
@@ -136,15 +133,8 @@ def read_plan(path: str | Path | None = None, preset: str | None = None, **given
     return Plan(**data, preset=preset, folder=Path(path).parent if path is not None else Path())
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such plan file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a YAML plan: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the plan: {error.strerror}") from None
+def _read_file(path: Path) -> dict[str, Any]:
+    data = read_yaml(path, "plan file")
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a plan is a mapping with keys {', '.join(_PLAN_KEYS)}")
     return data

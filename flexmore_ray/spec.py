@@ -307,15 +307,7 @@ class MixtureSpec:
             UsageError: the file is missing, is not YAML, or breaks a rule.
         """
         path = Path(path)
-        try:
-            data = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such mixture file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: not a YAML mixture file: {' '.join(str(error).split())}") from None
-        except OSError as error:
-            raise UsageError(f"{path}: cannot read the mixture file: {error.strerror}") from None
-        spec = cls.from_dict(data, where=str(path))
+        spec = cls.from_dict(read_yaml(path, "mixture file"), where=str(path))
         source = tuple(_relative_to(item, path.parent) for item in spec.source)
         store = None if spec.store is None else _relative_to(spec.store, path.parent)
         return dataclasses.replace(spec, source=source, store=store)
@@ -402,11 +394,30 @@ def _relative_to(item: str, folder: Path) -> str:
     return f"{name}{equals}{(folder / path).resolve()}"
 
 
-class UniqueKeys(yaml.SafeLoader):
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file in which no key is given twice.
+
+    Args:
+        path: the file.
+        what: what to call it in an error, such as "mixture file".
+
+    Raises:
+        UsageError: it is missing, cannot be read, or is not such YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such {what}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a YAML {what}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the {what}: {error.strerror}") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not a choice of the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node, its keys unique."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
