@@ -63,6 +63,8 @@ def _quiet_libraries() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from search.__main__ import add_options
+
     parser = _Parser(prog="flexmore", description="FlexMoRE on Ray: mixtures of experts of chosen ranks.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -125,15 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--limit", type=int, metavar="N", help="documents per task, before the plan's (default: all)")
     grid.add_argument("--results", required=True, metavar="DIR", help="folder for cells and samples")
     grid.add_argument("--dry-run", action="store_true", help="count mixtures and cells, and compute nothing")
-    grid.add_argument("--workers", type=int, metavar="N", help="workers (default: as many as the nodes can hold)")
-    grid.add_argument("--cpus", type=float, default=1, metavar="X", help="CPUs of one worker (default: 1)")
-    grid.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of one worker (default: 0)")
-    grid.add_argument("--expert-gpus", type=float, default=0, metavar="X", help="GPUs of one expert actor (default: 0)")
-    grid.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
-    grid.add_argument("--store", metavar="DIR", help="folder of the factors (default: in the cache)")
     grid.add_argument(
         "--shard-documents", type=int, default=500, metavar="N", help="documents of one unit of work (default: 500)"
     )
+
+    search = command("search", commands.run_search, "the best ranks under a budget, with Ray Tune and Optuna")
+    add_options(search)
 
     report = command("report", commands.run_report, "tables, regression and figures of a results folder")
     report.add_argument("results", metavar="RESULTS")
@@ -145,14 +144,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", metavar="D", help="dtype to write (default: loses nothing)")
     export.add_argument("--out", required=True, metavar="DIR")
 
-    for sub in (decompose, grid):
+    for sub in (grid, search):
+        sub.add_argument("--workers", type=int, metavar="N", help="workers (default: as many as the nodes can hold)")
+        sub.add_argument("--cpus", type=float, default=1, metavar="X", help="CPUs of one worker (default: 1)")
+        sub.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of one worker (default: 0)")
+        sub.add_argument("--expert-gpus", type=float, default=0, metavar="X", help="GPUs of one expert actor")
+        sub.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
+        sub.add_argument("--store", metavar="DIR", help="folder of the factors (default: in the cache)")
+    for sub in (decompose, grid, search):
         sub.add_argument(
             "--pin",
             action="append",
             metavar="EXPERT=NODES",
             help="on a cluster: nodes of an expert, as LABEL=VALUE or the name of a custom resource",
         )
-    for sub in (inspect, params, merge, decompose, evaluate, grid, export):
+    for sub in (inspect, params, merge, decompose, evaluate, grid, search, export):
         sub.add_argument("--experts", type=lambda text: text.split(","), metavar="A,B,...", help="expert names")
     return parser
 

@@ -1,12 +1,19 @@
-"""Files that are whole or not there: a temporary name, fsync, rename, fsync of the folder."""
+"""Files that are whole or not there: a temporary name, fsync, rename, fsync of the folder. Folders with one writer."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from flexmore_ray.errors import UsageError
+
+_ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -41,3 +48,31 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process however it ends.
+
+    Args:
+        folder: made if missing.
+        what: what else would be running, such as "grid".
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another {what} is running on {folder}; wait, or choose another folder") from None
+        yield
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove temporary files that killed runs left in a folder's folders."""
+    for path in folder.glob("*/.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process may finish or remove its own
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()

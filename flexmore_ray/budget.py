@@ -12,10 +12,10 @@ public expert with seven router rows 7.30B, one unit of rank on one expert 1.45M
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Literal, get_args
 
 import numpy as np
@@ -138,21 +138,31 @@ def _is_correction(ranks: Mapping[str, Sequence[MatrixRank]]) -> bool:
     return any(rank != FULL for layers in ranks.values() for rank in layers)
 
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT]?|x)", re.IGNORECASE)
+_COUNT = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMBT]?|x|[KMGT]i?B)", re.IGNORECASE)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_BYTES = {f"{unit}b": 1000**power for power, unit in enumerate("kmgt", 1)}
+_BYTES |= {f"{unit}ib": 1024**power for power, unit in enumerate("kmgt", 1)}
 
 
-def parse_budget(text: str, full_total: int) -> int:
-    """Read a parameter budget: a count (``10.75B``, ``4.2M``, ``800000``) or a ratio (``0.33x``).
+def parse_budget(text: str, full_total: int, *, in_bytes: bool = False) -> int:
+    """Read a budget: a count (``10.75B``, ``4.2M``, ``800000``) or a ratio of the whole (``0.33x``).
+
+    Args:
+        text: the budget as it was written.
+        full_total: what ``1x`` is: the parameters (or bytes) of the full mixture.
+        in_bytes: whether bytes are counted, so that ``3.2GB`` and ``1.5GiB`` are counts too
+            (``B`` alone is a billion, as for parameters).
 
     Raises:
-        UsageError: neither form.
+        UsageError: none of these forms.
     """
-    match = _COUNT.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"budget: a count such as 10.75B or a ratio such as 0.33x is needed, got {text!r}")
-    number, unit = float(match[1]), match[2].lower()
-    return int(number * full_total) if unit == "x" else round(number * _SCALE[unit])
+    match = _COUNT.fullmatch(str(text).strip())
+    unit = match[2].lower() if match else ""
+    if match is None or (unit in _BYTES and not in_bytes):
+        example = "3.2GB" if in_bytes else "10.75B"
+        raise UsageError(f"budget: a count such as {example} or a ratio such as 0.33x is needed, got {text!r}")
+    number = Fraction(match[1])
+    return int(number * full_total) if unit == "x" else round(number * (_SCALE | _BYTES)[unit])
 
 
 def format_count(count: int) -> str:
@@ -184,6 +194,32 @@ def energy_rank(spectrum: NDArray[np.float64], threshold: float) -> int:
     return min(len(spectrum), int(np.searchsorted(energy, threshold * energy[-1] * (1 - 1e-12))) + 1)
 
 
+def discarded_energy(spectra: Spectra, assignment: Assignment) -> float:
+    """Squared error of a rank assignment: the squares of all singular values beyond the ranks.
+
+    That of a dropped expert is the whole of its deltas.
+    """
+
+    def kept(key: MatrixKey) -> int | None:
+        rank = assignment.rank(key) if key.expert in assignment.ranks else 0
+        return None if rank == FULL else int(rank)
+
+    ranks = {key: kept(key) for key in spectra}
+    return sum(float(np.square(spectra[key][rank:]).sum()) for key, rank in ranks.items() if rank is not None)
+
+
+def collect_ranks(shape: ModelShape, ranks: Mapping[MatrixKey, int]) -> dict[str, ExpertRank]:
+    """Integer ranks of single matrices as entries of a mixture file.
+
+    Args:
+        shape: the model's sizes.
+        ranks: a rank >= 1 for every matrix of each expert that is named; one that costs as much as
+            the dense matrix, or more, becomes "full", which is also exact.
+    """
+    by_key = {key: _cheaper(shape, key, rank) for key, rank in ranks.items()}
+    return _collect(shape, dict.fromkeys(key.expert for key in ranks), by_key)
+
+
 def allocate_energy(shape: ModelShape, spectra: Spectra, threshold: float) -> dict[str, ExpertRank]:
     """Energy-threshold rule: every matrix keeps at least `threshold` of its delta's energy.
 
@@ -192,12 +228,12 @@ def allocate_energy(shape: ModelShape, spectra: Spectra, threshold: float) -> di
     """
     if not 0 <= threshold <= 1:
         raise UsageError(f"threshold: a share of the energy from 0 to 1 is needed, got {threshold}")
-    return _per_matrix(shape, spectra, lambda spectrum: energy_rank(spectrum, threshold))
+    return collect_ranks(shape, {key: energy_rank(spectrum, threshold) for key, spectrum in spectra.items()})
 
 
 def allocate_entropy(shape: ModelShape, spectra: Spectra) -> dict[str, ExpertRank]:
     """Entropy rule: every matrix gets the effective rank of its delta."""
-    return _per_matrix(shape, spectra, entropy_rank)
+    return collect_ranks(shape, {key: entropy_rank(spectrum) for key, spectrum in spectra.items()})
 
 
 def allocate_uniform(shape: ModelShape, experts: Sequence[str], budget: int) -> dict[str, ExpertRank]:
@@ -214,10 +250,11 @@ def allocate_uniform(shape: ModelShape, experts: Sequence[str], budget: int) -> 
     if len(experts) < 2:
         return {}
     unit = (len(experts) - 1) * sum(matrix_params(shape, p, 1) for p in PROJECTIONS) * shape.num_layers
-    rank = (budget - _base_params(shape, experts, budget, unit)) // unit
+    base = _base_params(shape, experts)
+    _check_rank_one(budget, base + unit)
+    rank = (budget - base) // unit
     dense = (len(experts) - 1) * sum(matrix_params(shape, p, FULL) for p in PROJECTIONS) * shape.num_layers
-    fits = budget - _base_params(shape, experts, budget, unit) >= dense
-    value: ExpertRank = FULL if fits or rank >= shape.full_rank else rank
+    value: ExpertRank = FULL if budget - base >= dense or rank >= shape.full_rank else rank
     return dict.fromkeys(experts[1:], value)
 
 
@@ -233,7 +270,8 @@ def allocate_optimal(
     Energy of a group of matrices that share one rank is a concave function of its parameters, so
     taking the steps with the most energy per parameter first is optimal for every budget that
     such a choice fills exactly; what remains of the budget goes to the next steps that fit. A dense
-    matrix costs in x out and discards nothing: it ends the group's curve (upper hull).
+    matrix costs in x out and discards nothing: it ends the group's curve (upper hull). No choice
+    without dense matrices discards less at any budget; one with them, less by at most one such step.
 
     Args:
         shape: the model's sizes.
@@ -249,53 +287,143 @@ def allocate_optimal(
     Raises:
         UsageError: rank 1 for every matrix does not fit into the budget.
     """
-    if granularity not in get_args(Granularity):
-        raise UsageError(f"granularity: one of {', '.join(get_args(Granularity))} is needed, got {granularity!r}")
-    groups = _groups(shape, experts[1:], granularity)
-    unit = sum(matrix_params(shape, key.projection, 1) for keys in groups.values() for key in keys)
-    left = budget - _base_params(shape, experts, budget, unit) - unit
-    curves = {name: _curve(shape, keys, spectra) for name, keys in groups.items()}
-    ranks: dict[tuple[str, ...], MatrixRank] = dict.fromkeys(groups, 1)
-    heap = [(-steps[0].slope, name, 0) for name, steps in curves.items() if steps]
-    heapq.heapify(heap)
-    while heap:
-        _, name, i = heapq.heappop(heap)
-        step = curves[name][i]
-        if step.cost > left or step.slope <= 0:
-            continue
-        left -= step.cost
-        ranks[name] = step.rank
-        if i + 1 < len(curves[name]):
-            heapq.heappush(heap, (-curves[name][i + 1].slope, name, i + 1))
-    by_key = {key: ranks[name] for name, keys in groups.items() for key in keys}
-    return _collect(shape, experts[1:], by_key)
+    return OptimalRanks(shape, experts, spectra, granularity).allocate(budget)
+
+
+class OptimalRanks:
+    """`allocate_optimal` for any number of budgets: the singular values are sorted once.
+
+    Args: as for `allocate_optimal`.
+
+    Raises:
+        UsageError: an unknown granularity.
+    """
+
+    # All groups are of one size (in + out is the same for every projection), and so are all steps by one
+    # rank. Each is one entry of `_energy`, `_group`, `_rank` (what it adds, to whom, which rank it leads
+    # to), most energy first; the hull has those of them that lie on it, and a last step to dense each.
+
+    def __init__(
+        self, shape: ModelShape, experts: Sequence[str], spectra: Spectra, granularity: Granularity = "matrix"
+    ) -> None:
+        if granularity not in get_args(Granularity):
+            raise UsageError(f"granularity: one of {', '.join(get_args(Granularity))} is needed, got {granularity!r}")
+        self._shape, self._experts = shape, tuple(experts)
+        groups = _groups(shape, self._experts[1:], granularity)
+        self._groups = [groups[name] for name in sorted(groups)]
+        curves = [_curve(shape, keys, spectra) for keys in self._groups]
+        self._unit = curves[0].unit if curves else 1
+        self._sort([curve.energy for curve in curves], np.array([curve.hull for curve in curves], np.int64))
+        self._add_dense(curves)
+
+    @property
+    def least(self) -> int:
+        """The smallest budget, in total parameters: rank 1 for every matrix."""
+        return _base_params(self._shape, self._experts) + self._unit * len(self._groups)
+
+    def allocate(self, budget: int) -> dict[str, ExpertRank]:
+        """A rank for each domain expert.
+
+        Args:
+            budget: total parameters.
+
+        Raises:
+            UsageError: rank 1 for every matrix does not fit into the budget.
+        """
+        _check_rank_one(budget, self.least)
+        left = budget - self.least
+        steps = left // self._unit
+        ranks, dense, energy = self._climb(left)
+        if float(self._energy[:steps].sum()) > energy:
+            ranks, dense = 1 + self._count(self._group[:steps]), np.zeros(len(ranks), bool)
+        values: list[MatrixRank] = [FULL if d else int(r) for r, d in zip(ranks, dense, strict=True)]
+        by_key = {key: value for keys, value in zip(self._groups, values, strict=True) for key in keys}
+        return _collect(self._shape, self._experts[1:], by_key)
+
+    def _climb(self, left: int) -> tuple[NDArray[np.int64], NDArray[np.bool_], float]:
+        """Up the hull, then on to ranks between its steps: ranks, which groups are dense, energy gained."""
+        taken = _take(self._hull_group, self._hull_cost, left)
+        energy = float(self._hull_energy[taken].sum())
+        group, is_dense = self._hull_group[taken], self._hull_dense[taken]
+        ranks, dense = 1 + self._count(group[~is_dense]), self._count(group[is_dense]) > 0
+        if steps := (left - int(self._hull_cost[taken].sum())) // self._unit:
+            more = np.flatnonzero((self._rank > ranks[self._group]) & ~dense[self._group])[:steps]
+            ranks += self._count(self._group[more])
+            energy += float(self._energy[more].sum())
+        return ranks, dense, energy
+
+    def _count(self, groups: NDArray[np.int32]) -> NDArray[np.int64]:
+        return np.bincount(groups, minlength=len(self._groups))
+
+    def _sort(self, energies: Sequence[NDArray[np.float64]], hull: NDArray[np.int64]) -> None:
+        """Sort the steps by one rank of all groups; ties go to the first group, and there to the lowest rank."""
+        lengths = [len(energy) for energy in energies]
+        energy = np.concatenate([np.empty(0), *energies])
+        group = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        rank = np.concatenate([np.empty(0, np.int32), *(np.arange(2, n + 2, dtype=np.int32) for n in lengths)])
+        order = np.argsort(-energy, kind="stable")
+        order = order[: np.count_nonzero(energy > 0)]
+        self._energy, self._group, self._rank = energy[order], group[order], rank[order]
+        self._on_hull = self._rank < hull[self._group] + 2
+
+    def _add_dense(self, curves: Sequence[_Curve]) -> None:
+        """Sort the hull: steps by one rank, and for each group the last one to dense."""
+        gain = np.array([curve.dense_energy for curve in curves])
+        cost = np.array([curve.dense_cost for curve in curves], np.int64)
+        slope = np.array([curve.dense_energy / max(curve.dense_cost, 1) for curve in curves])
+        useful = np.flatnonzero(slope > 0)
+        energy = self._energy[self._on_hull]
+        slopes = np.concatenate([energy / self._unit, slope[useful]])
+        order = np.argsort(-slopes, kind="stable")
+        self._hull_energy = np.concatenate([energy, gain[useful]])[order]
+        self._hull_cost = np.concatenate([np.full(len(energy), self._unit), cost[useful]])[order]
+        self._hull_group = np.concatenate([self._group[self._on_hull], useful.astype(np.int32)])[order]
+        self._hull_dense = order >= len(energy)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-    """One step up a group's curve: to `rank`, for `cost` parameters, at `slope` energy per parameter."""
+class _Curve:
+    """Kept energy against parameters of matrices that share one rank, from rank 1 to dense."""
 
-    rank: MatrixRank
-    cost: int
-    slope: float
+    unit: int
+    """Parameters of one rank."""
+    energy: NDArray[np.float64]
+    """What ranks 2, 3, .. add, as long as they cost less than dense."""
+    hull: int
+    """How many of these lie on the upper hull, beyond which the step to dense is the better one."""
+    dense_cost: int
+    dense_energy: float
 
 
-def _curve(shape: ModelShape, keys: Sequence[MatrixKey], spectra: Spectra) -> list[_Step]:
-    """The upper hull of kept energy against parameters of matrices that share one rank, from rank 1."""
+def _curve(shape: ModelShape, keys: Sequence[MatrixKey], spectra: Spectra) -> _Curve:
     unit = sum(matrix_params(shape, key.projection, 1) for key in keys)
     dense = sum(matrix_params(shape, key.projection, FULL) for key in keys)
-    longest = max(len(spectra[key]) for key in keys)
-    energy = np.zeros(longest)
+    energy = np.zeros(max(len(spectra[key]) for key in keys))
     for key in keys:
         energy[: len(spectra[key])] += np.square(spectra[key])
-    steps = [_Step(rank + 1, unit, float(energy[rank]) / unit) for rank in range(1, min(longest, (dense - 1) // unit))]
-    tail = float(energy[1 + len(steps) :].sum())
-    cost = dense - unit * (1 + len(steps))
-    while steps and (cost <= 0 or steps[-1].slope < tail / cost):
-        tail += steps[-1].slope * unit
-        cost += unit
-        steps.pop()
-    return [*steps, _Step(FULL, cost, tail / cost)]
+    steps = energy[1 : max(1, (dense - 1) // unit)]
+    tails = np.append(np.cumsum(energy[:0:-1])[::-1], 0)[: len(steps) + 1]  # beyond rank 1, 2, ..
+    costs = np.maximum(dense - unit * np.arange(1, len(steps) + 2), 0)
+    kept = np.append(True, steps * costs[1:] >= tails[1:] * unit)
+    hull = int(np.flatnonzero(kept)[-1])
+    return _Curve(unit, steps, hull, int(costs[hull]), float(tails[hull]))
+
+
+def _take(groups: NDArray[np.int32], costs: NDArray[np.int64], left: int) -> NDArray[np.intp]:
+    """Positions of the steps that fit into `left`, in order; a group gets none after one that does not."""
+    taken, rest = [], np.arange(len(groups))
+    while rest.size:
+        spent = np.cumsum(costs[rest])
+        count = int(np.searchsorted(spent, left, side="right"))
+        taken.append(rest[:count])
+        left -= int(spent[count - 1]) if count else 0
+        rest = rest[count:]
+        # What is left only shrinks: a step that costs more ends its group here and now.
+        ends = np.flatnonzero(costs[rest] > left)[::-1]
+        end = np.full(groups.max() + 1, len(rest))
+        end[groups[rest[ends]]] = ends  # of a group's, the first is assigned last
+        rest = rest[np.arange(len(rest)) < end[groups[rest]]]
+    return np.concatenate(taken or [np.arange(0)])
 
 
 def _groups(
@@ -311,23 +439,18 @@ def _groups(
     return groups
 
 
-def _base_params(shape: ModelShape, experts: Sequence[str], budget: int, unit: int) -> int:
-    """Parameters of the trunk, all router rows and the public expert; checks that rank 1 fits."""
+def _base_params(shape: ModelShape, experts: Sequence[str]) -> int:
+    """Parameters of the trunk, all router rows and the public expert."""
     full = dict.fromkeys(PROJECTIONS, (FULL,) * shape.num_layers)
-    base = trunk_params(shape) + len(experts) * shape.hidden_size * shape.num_layers + expert_params(shape, full)
-    if budget < base + unit:
+    return trunk_params(shape) + len(experts) * shape.hidden_size * shape.num_layers + expert_params(shape, full)
+
+
+def _check_rank_one(budget: int, least: int) -> None:
+    if budget < least:
         raise UsageError(
             f"budget: {budget:,} parameters are fewer than the public expert and rank 1 for every domain "
-            f"expert need ({base + unit:,}); raise the budget or drop experts"
+            f"expert need ({least:,}); raise the budget or drop experts"
         )
-    return base
-
-
-def _per_matrix(
-    shape: ModelShape, spectra: Spectra, rule: Callable[[NDArray[np.float64]], int]
-) -> dict[str, ExpertRank]:
-    by_key = {key: _cheaper(shape, key, rule(spectrum)) for key, spectrum in spectra.items()}
-    return _collect(shape, dict.fromkeys(key.expert for key in spectra), by_key)
 
 
 def _cheaper(shape: ModelShape, key: MatrixKey, rank: int) -> MatrixRank:

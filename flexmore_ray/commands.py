@@ -271,16 +271,7 @@ def run_grid(args: argparse.Namespace) -> Result:
 
     given = {key: getattr(args, key) for key in ("source", "tasks", "split", "limit", "experts")}
     plan = read_plan(args.plan, args.preset, **given)
-    options = Options(
-        workers=args.workers,
-        num_cpus=args.cpus,
-        num_gpus=args.gpus,
-        expert_gpus=args.expert_gpus,
-        pin=_pins(args),
-        dtype=args.dtype,
-        store=args.store and Path(args.store),
-        shard_documents=args.shard_documents,
-    )
+    options = Options(**_how_to_run(args), shard_documents=args.shard_documents)
     grid = Grid(plan, Path(args.results).resolve(), options)
     if "working_dir_files" in grid.results.parts:
         _note(f"--results: {grid.results} is in the job's own copy of the working directory; an absolute path stays")
@@ -296,6 +287,27 @@ def run_grid(args: argparse.Namespace) -> Result:
     print(f"\n{computed}, {result['done']:,} of {result['cells']:,} done")
     print(f"next: flexmore report {args.results} --out report")
     return result
+
+
+def run_search(args: argparse.Namespace) -> Result:
+    """Search the best ranks under a budget."""
+    from flexmore_ray.grid import Options
+    from search.__main__ import run
+
+    return run(args, Options(**_how_to_run(args)))
+
+
+def _how_to_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options that grid and search share say of `Options`."""
+    return {
+        "workers": args.workers,
+        "num_cpus": args.cpus,
+        "num_gpus": args.gpus,
+        "expert_gpus": args.expert_gpus,
+        "pin": _pins(args),
+        "dtype": args.dtype,
+        "store": args.store and Path(args.store),
+    }
 
 
 def _describe_grid(summary: Result) -> str:

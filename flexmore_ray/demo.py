@@ -32,6 +32,10 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 PAIR_RANKS = (4, 16, 64, "full")
 LIMIT = 100
 """Documents per task: half of what the suite has."""
+SEARCH_BUDGET = "0.5x"
+SEARCH_TRIALS = 16
+SEARCH_LIMITS = (27, 50)
+"""Documents per task of the search: to choose by, and to report on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +75,14 @@ def run_demo(out: Path) -> dict[str, Any]:
     model = out / f"model-{chosen}"
     if not model.exists():
         export_mixture(specs[chosen], model, "flex_more")
+    found = search(out)
     say_where_to_look(out, chosen)
-    return {"out": str(out), "chosen": chosen, "rows": [dataclasses.asdict(row) for row in rows]}
+    return {
+        "out": str(out),
+        "chosen": chosen,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "search": {name: found[name] for name in ("winner", "verdict", "mixture")},
+    }
 
 
 def decompose(source: Source, folder: Path) -> FactorStore:
@@ -164,6 +174,28 @@ def choose(rows: Sequence[Row], specs: Mapping[str, MixtureSpec]) -> str:
     return max(small, key=lambda row: row.score).name
 
 
+def search(out: Path) -> dict[str, Any]:
+    """Search the best ranks at half size, in a few trials, on a local Ray."""
+    from search.__main__ import describe, summary
+    from search.plan import Search, Settings
+    from search.run import run_search
+
+    limit, test_limit = SEARCH_LIMITS
+    settings = Settings(
+        source=(SOURCE,),
+        tasks=(SUITE,),
+        budget=SEARCH_BUDGET,
+        trials=SEARCH_TRIALS,
+        limit=limit,
+        test_limit=test_limit,
+    )
+    short = Search(settings, out.resolve() / "search", Options(store=out / "store"))
+    print(f"\nA short search for the best ranks\n{describe(short)}", flush=True)
+    result = run_search(short)
+    print(summary(result))
+    return result
+
+
 def say_where_to_look(out: Path, chosen: str) -> None:
     """Close with what was written, and with commands to go on with."""
     mixture = out / "mixtures" / f"{chosen}.yaml"
@@ -175,10 +207,12 @@ Written
   {out}/mixtures/      a mixture file for each row
   {out}/store/         spectra and factors of every expert
   {out}/results/       cells/ one row per mixture and task, samples/ one row per document (Parquet)
-  {out}/model-{chosen}/   the best at half size or less, as a flex_more folder for transformers
+  {out}/model-{chosen}/   the best of these at half size or less, as a flex_more folder for transformers
+  {out}/search/        winner.yaml: what the search found; report.html: how, and how sure it is
 
 Next
   flexmore eval {mixture} --tasks {SUITE} --split test
   flexmore grid --preset paper --source {SOURCE} --tasks {SUITE} --results grid   (six minutes: the whole 150 mixtures)
-  flexmore export {mixture} --format flexolmo --out dense"""
+  flexmore search --source {SOURCE} --tasks {SUITE} --budget 0.33x --trials 42 --limit 54 --out search
+  flexmore export {out}/search/winner.yaml --format flexolmo --out dense"""
     )

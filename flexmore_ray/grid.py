@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import sys
 import time
@@ -21,11 +20,11 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
-from flexmore_ray.atomic import write_file
-from flexmore_ray.errors import FlexmoreError, StoreError, UsageError
-from flexmore_ray.experts import start_experts
+from flexmore_ray.atomic import alone, remove_abandoned, write_file
+from flexmore_ray.errors import FlexmoreError, UsageError
+from flexmore_ray.factors import base_spec, open_parts, serve_factors
 from flexmore_ray.metrics import GridMetrics
-from flexmore_ray.mixture import CachedFactors, Parts, open_mixture, parse_dtype
+from flexmore_ray.mixture import Parts, parse_dtype
 from flexmore_ray.placement import Needs, check_room
 from flexmore_ray.plan import (
     Cell,
@@ -41,10 +40,10 @@ from flexmore_ray.plan import (
 )
 from flexmore_ray.pool import Pool, Queue, Unit
 from flexmore_ray.results import commit_cell, done_cells, read_cells
-from flexmore_ray.runtime import cluster, nodes, on_running_cluster
+from flexmore_ray.runtime import cluster, nodes
 from flexmore_ray.scores import PreparedTask, TaskScore, TaskSet, iter_shards, load_tasks
-from flexmore_ray.spec import MixtureSpec, suggest
-from flexmore_ray.store import FactorSource, FactorStore, open_store
+from flexmore_ray.spec import suggest
+from flexmore_ray.store import FactorSource
 from flexmore_ray.worker import Worker
 
 SHARD_DOCUMENTS = 500
@@ -53,7 +52,6 @@ _COMMITS = 64  # under way at once, at most
 _CELL_BYTES, _DOCUMENT_BYTES = 12_000, 100  # what the files of a cell take, and a row of its samples
 _LEAST = {"workers": 1, "shard_documents": 1, "num_cpus": 0, "num_gpus": 0, "expert_gpus": 0}
 _SMALLEST_SHARE = 0.0001  # of a CPU or GPU that Ray can reserve
-_ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +92,26 @@ class Options:
         """Device of a worker."""
         return "cuda" if self.num_gpus else "cpu"
 
+    @property
+    def needs(self) -> Needs:
+        """What one worker asks of a node."""
+        return Needs(num_cpus=self.num_cpus, num_gpus=self.num_gpus)
+
+    def check_experts(self, experts: Sequence[str]) -> None:
+        """Check that every expert that is pinned is among `experts`, the public one first.
+
+        Raises:
+            UsageError: one is not.
+        """
+        for name in self.pin:
+            if name not in experts[1:]:
+                raise UsageError(f"--pin: unknown expert {name!r}; {suggest(name, experts[1:])}")
+
+    def compute_dtype(self, parts: Parts) -> str:
+        """Name of the dtype that workers compute in."""
+        default = "float32" if self.device == "cpu" else parts.source.dtype
+        return str(parse_dtype(self.dtype or default)).removeprefix("torch.")
+
 
 # ------------------------------------------------------------------------------------ planning
 
@@ -113,17 +131,8 @@ class Grid:
 
     def __init__(self, plan: Plan, results: Path, options: Options) -> None:
         self.plan, self.results, self.options = plan, results, options
-        given = options.store or plan.store
-        spec = plan.spec()
-        if given and (Path(given) / "manifest.json").exists():  # its dtype is part of every mixture's identity
-            spec = dataclasses.replace(spec, store=str(given))
-        self.parts: Parts = open_mixture(spec)
-        self.store = Path(given).resolve() if given else CachedFactors(self.parts.source, 1).folder
-        for name in options.pin:
-            if name not in self.parts.source.experts[1:]:
-                raise UsageError(f"--pin: unknown expert {name!r}; {suggest(name, self.parts.source.experts[1:])}")
-        if spec.source:
-            self.parts = dataclasses.replace(self.parts, spec=dataclasses.replace(self.parts.spec, store=None))
+        self.parts, self.store = open_parts(plan.spec(), options.store or plan.store)
+        options.check_experts(self.parts.source.experts)
         wanted = expand(plan, self.parts)
         self.tasks: TaskSet = load_tasks(
             list(plan.tasks),
@@ -141,8 +150,7 @@ class Grid:
     @property
     def dtype(self) -> str:
         """Name of the dtype that workers compute in."""
-        default = "float32" if self.options.device == "cpu" else self.parts.source.dtype
-        return str(parse_dtype(self.options.dtype or default)).removeprefix("torch.")
+        return self.options.compute_dtype(self.parts)
 
     @property
     def missing(self) -> dict[str, Cell]:
@@ -290,87 +298,34 @@ def run_grid(grid: Grid, worker: type[Worker] = Worker) -> Outcome:
         UsageError: no node has what a worker needs, or another run writes to the folder.
         FlexmoreError: no worker can start, or the results cannot be written.
     """
-    grid.results.mkdir(parents=True, exist_ok=True)
-    with _alone(grid.results):
+    with alone(grid.results, "grid"):
         write_record(grid.results, grid.record())
         if not grid.missing and not grid.waiting:
             return Outcome(computed=0, failed={}, seconds=0.0)
-        _remove_abandoned(grid.results)
-        needs = Needs(num_cpus=grid.options.num_cpus, num_gpus=grid.options.num_gpus)
-        with cluster():
-            check_room({"worker": needs}, nodes())
-            with _factors(grid, needs) as factors:
-                return _Run(grid, factors, needs, worker).run()
-
-
-@contextlib.contextmanager
-def _alone(results: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process however it ends."""
-    with open(results / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"results: another grid is running on {results}; wait, or choose another folder") from None
-        yield
-
-
-def _remove_abandoned(results: Path) -> None:
-    """Remove temporary files that killed runs left."""
-    for path in results.glob("*/.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process may finish or remove its own
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
-
-
-@contextlib.contextmanager
-def _factors(grid: Grid, worker: Needs) -> Iterator[FactorSource | None]:
-    """The expert actors, where a mixture needs factors; on this machine alone with a complete store, the store."""
-    if not grid.uses_factors:
-        yield None
-        return
-    if not on_running_cluster() and len(nodes()) == 1 and (store := _complete_store(grid)):
-        yield store
-        return
-    source, options = grid.parts.source, grid.options
-    experts = {name: Needs(num_gpus=options.expert_gpus, pin=options.pin.get(name)) for name in source.experts[1:]}
-    check_room({"worker": worker, **{f"expert {name}": needs for name, needs in experts.items()}}, nodes())
-    actors = start_experts(
-        source,
-        grid.store,
-        num_gpus=options.expert_gpus,
-        max_rank=grid.hold_rank,
-        pin=options.pin,
-        dtype=str(grid.parts.factors.dtype).removeprefix("torch."),
-    )
-    try:
-        yield actors
-        actors.commit()
-    except StoreError as error:  # the cells are safe; what is lost is a store to use again
-        print(f"note: the store is not complete: {error}", file=sys.stderr)
-    finally:
-        actors.close()
-
-
-def _complete_store(grid: Grid) -> FactorStore | None:
-    source = grid.parts.source
-    try:
-        store = open_store(grid.store)
-        store.check_source(source)
-    except StoreError:
-        return None
-    held, born = set(store.keys()), source.born_ranks
-    keys = [key for name in source.experts[1:] for key in source.shape.keys(name)]
-    needed = {key: min(grid.hold_rank, born.get(key, grid.hold_rank)) for key in keys}
-    complete = all(key in held and store.max_rank(key) >= rank for key, rank in needed.items())
-    return store if complete and store.dtype == grid.parts.factors.dtype else None
+        remove_abandoned(grid.results)
+        options = grid.options
+        with cluster(), contextlib.ExitStack() as stack:
+            check_room({"worker": options.needs}, nodes())
+            factors: FactorSource | None = None
+            if grid.uses_factors:
+                served = serve_factors(
+                    grid.parts,
+                    grid.store,
+                    grid.hold_rank,
+                    options.needs,
+                    expert_gpus=options.expert_gpus,
+                    pin=options.pin,
+                )
+                factors = stack.enter_context(served)
+            return _Run(grid, factors, worker).run()
 
 
 class _Run:
     """One run of a grid: the queue, the workers, the commits."""
 
-    def __init__(self, grid: Grid, factors: FactorSource | None, needs: Needs, worker: type[Worker]) -> None:
-        self._grid, self._needs = grid, needs
-        self._pool = Pool(self._creator(factors, worker), needs, grid.options.workers)
+    def __init__(self, grid: Grid, factors: FactorSource | None, worker: type[Worker]) -> None:
+        self._grid = grid
+        self._pool = Pool(self._creator(factors, worker), grid.options.needs, grid.options.workers)
         self._metrics = GridMetrics(grid.plan.name)
         self._weights = grid.parts.weights
         self._writers = ThreadPoolExecutor(max_workers=_WRITERS)
@@ -383,11 +338,9 @@ class _Run:
     def _creator(self, factors: FactorSource | None, worker: type[Worker]) -> Any:
         grid, options = self._grid, self._grid.options
         plan = grid.plan
-        tasks = {"tasks": grid.tasks.suite, "split": plan.split, "limit": plan.limit, "seed": plan.seed}
-        given = grid.parts.spec
-        experts = given.experts or (None if given.source else open_store(grid.store).experts)
-        base = MixtureSpec(source=tuple(grid.parts.source.describe()), experts=experts)
-        remote = ray.remote(max_restarts=0, **self._needs.options())(worker)
+        tasks = {plan.split: {"tasks": grid.tasks.suite, "limit": plan.limit, "seed": plan.seed}}
+        base = base_spec(grid.parts, grid.store)
+        remote = ray.remote(max_restarts=0, **options.needs.options())(worker)
         return lambda: remote.remote(base, tasks, factors, options.device, grid.dtype, grid.hold_rank)
 
     def run(self) -> Outcome:
@@ -438,8 +391,8 @@ class _Run:
         for name, cell in cells.items():
             task = self._grid.tasks.tasks[cell.task]
             for documents in self._shards(task):
-                spec = cell.mixture.spec
-                arguments = (dict(spec.ranks), cell.mixture.active, cell.task, task.content_hash, documents)
+                ranks, split = dict(cell.mixture.spec.ranks), self._grid.plan.split
+                arguments = (ranks, cell.mixture.active, split, cell.task, task.content_hash, documents)
                 yield Unit(group=cell.mixture.mixture_id, arguments=arguments, tag=name)
 
     def _shards(self, task: PreparedTask) -> Sequence[list[int] | None]:

@@ -6,6 +6,10 @@
 | flexmore_grid_cells_left         | gauge   | grid           | cells of the plan that are still missing      |
 | flexmore_grid_workers            | gauge   | grid           | workers that have started                     |
 | flexmore_grid_documents          | counter | grid           | documents scored; its rate is documents/s     |
+| flexmore_search_trials           | counter | state          | entries of searches that ended, by how        |
+| flexmore_search_best             | gauge   |                | best score so far, in [0, 1]                  |
+| flexmore_search_budget           | gauge   |                | limit of what the budget measures             |
+| flexmore_search_documents        | counter |                | documents scored                              |
 | flexmore_expert_events           | counter | expert, event  | truncations served, cache hits and misses,    |
 |                                  |         |                | decompositions, evictions                     |
 """
@@ -36,6 +40,28 @@ class GridMetrics:
     def scored(self, documents: int) -> None:
         """Documents came back from a worker."""
         self._documents.inc(documents, self._tags)
+
+
+class SearchMetrics:
+    """Progress of one search."""
+
+    def __init__(self) -> None:
+        self._trials = Counter("flexmore_search_trials", "Entries that ended", ("state",))
+        self._best = Gauge("flexmore_search_best", "Best score so far")
+        self._budget = Gauge("flexmore_search_budget", "Limit of what the budget measures")
+        self._documents = Counter("flexmore_search_documents", "Documents scored")
+
+    def ended(self, state: str, best: float | None, budget: int) -> None:
+        """An entry ended; the best score is None before there is one."""
+        self._trials.inc(1, {"state": state})
+        self._budget.set(budget)
+        if best is not None:
+            self._best.set(best)
+
+    def scored(self, documents: int) -> None:
+        """Documents came back from a worker."""
+        if documents:
+            self._documents.inc(documents)
 
 
 @functools.cache

@@ -88,11 +88,18 @@ class CellKey:
     seed: int
     task_hash: str = ""
     """`PreparedTask.content_hash`, where the version alone does not tell; empty: not used."""
+    selection: str = ""
+    """Which of the task's documents were scored; empty: all. Such a cell is a part of a score, and no report's."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The key as plain data, without a selection where all documents were scored."""
+        data = dataclasses.asdict(self)
+        return data if self.selection else {name: value for name, value in data.items() if name != "selection"}
 
     @property
     def cell(self) -> str:
         """A hash of the key, the same in every process: 32 hexadecimal digits."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -154,9 +161,7 @@ def commit_cell(
         "split": key.split,
         "status": FAILED if score is None else DONE,
         "error": error,
-        "versions": json.dumps(
-            {"identity": dataclasses.asdict(key), "libraries": library_versions(), "weights": weights}
-        ),
+        "versions": json.dumps({"identity": key.to_dict(), "libraries": library_versions(), "weights": weights}),
         "cell": key.cell,
     }
     if score is not None:
@@ -258,6 +263,20 @@ def read_samples(root: str | Path, cells: Sequence[str] | None = None) -> pa.Tab
         committed = read_cells(root)
         cells = committed.filter(pa.compute.equal(committed["status"], DONE))["cell"].to_pylist()
     return _read([Path(root) / "samples" / f"{cell}.parquet" for cell in cells], SAMPLE_SCHEMA)
+
+
+def parse_samples(table: pa.Table) -> list[Sample]:
+    """Rows of `SAMPLE_SCHEMA` as the samples that they were written from."""
+    from flexmore_ray.scores import Sample
+
+    return [
+        Sample(
+            responses=json.loads(row["responses"]),
+            metrics={(metric, key): value for metric, key, value in json.loads(row["metrics"])},
+            **{name: row[name] for name in ("doc_id", "doc_hash", "target", "correct")},
+        )
+        for row in table.to_pylist()
+    ]
 
 
 def _read(paths: Sequence[Path], schema: pa.Schema) -> pa.Table:

@@ -202,7 +202,7 @@ class PreparedTask:
         instances = [instance for doc_id in ids for instance in self.documents[doc_id]]
         self._respond(lm, instances)
         samples = [self._sample(doc_id) for doc_id in ids]
-        return self._aggregate(samples, time.perf_counter() - start)
+        return self.aggregate(samples, time.perf_counter() - start)
 
     def merge(self, parts: Sequence[TaskScore]) -> TaskScore:
         """The score of several disjoint parts of the documents together, as if scored at once.
@@ -214,7 +214,7 @@ class PreparedTask:
         ids = [sample.doc_id for sample in samples]
         if len(set(ids)) < len(ids) or {part.task for part in parts} != {self.name}:
             raise TaskError(f"task {self.name}: parts to merge must be of this task and disjoint")
-        return self._aggregate(samples, sum(part.seconds for part in parts))
+        return self.aggregate(samples, sum(part.seconds for part in parts))
 
     def _respond(self, lm: LM, instances: Sequence[Instance]) -> None:
         """Fill in the model's responses, then apply the task's filters."""
@@ -250,7 +250,12 @@ class PreparedTask:
             metrics=metrics,
         )
 
-    def _aggregate(self, samples: list[Sample], seconds: float) -> TaskScore:
+    def aggregate(self, samples: list[Sample], seconds: float) -> TaskScore:
+        """The score that some documents make together.
+
+        Raises:
+            TaskError: There is no metric.
+        """
         values: dict[tuple[str, str], list[Any]] = defaultdict(list)
         for sample in samples:
             for key, value in sample.metrics.items():

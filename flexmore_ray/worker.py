@@ -13,7 +13,7 @@ from flexmore_ray.errors import FlexmoreError, TaskError, UsageError
 from flexmore_ray.evaluate import use_few_threads
 from flexmore_ray.harness import MixtureLM
 from flexmore_ray.mixture import Mixture, load_mixture, load_tokenizer
-from flexmore_ray.scores import TaskScore, load_tasks
+from flexmore_ray.scores import PreparedTask, Split, TaskScore, load_tasks
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import MixtureSpec
 from flexmore_ray.store import FactorSource
@@ -24,7 +24,7 @@ class Worker:
 
     Args:
         base: the spec of the source, every expert full.
-        tasks: arguments of `load_tasks`.
+        tasks: by split, the arguments of `load_tasks`.
         factors: where factors come from; None where no mixture needs any.
         device: where to compute.
         dtype: what to compute in.
@@ -34,7 +34,7 @@ class Worker:
     def __init__(
         self,
         base: MixtureSpec,
-        tasks: Mapping[str, Any],
+        tasks: Mapping[Split, Mapping[str, Any]],
         factors: FactorSource | None,
         device: str,
         dtype: str,
@@ -43,6 +43,7 @@ class Worker:
         self._base, self._task_arguments, self._factors = base, tasks, factors
         self._device, self._dtype, self._hold_rank = device, dtype, hold_rank
         self._mixture: Mixture | None = None
+        self._tasks: dict[Split, dict[str, PreparedTask]] = {}
 
     def start(self) -> str:
         """Load the tasks and open the source; returns the id of the node."""
@@ -52,17 +53,20 @@ class Worker:
         if self._device == "cuda" and not torch.cuda.is_available():
             raise UsageError("a worker was given a GPU, but PyTorch sees none; install its CUDA build on the nodes")
         self._source = source
-        self._tasks = load_tasks(**self._task_arguments).tasks
+        for split, arguments in self._task_arguments.items():
+            self._tasks[split] = load_tasks(**arguments, split=split).tasks
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, ranks: Mapping[str, Any], active: int, task: str, content: str, documents: Any) -> TaskScore:
-        """Score a mixture on a task, or on some of its documents (ids; None: all).
+    def run(
+        self, ranks: Mapping[str, Any], active: int, split: Split, task: str, content: str, documents: Any
+    ) -> TaskScore:
+        """Score a mixture on a task of a split, or on some of its documents (ids; None: all).
 
         Raises:
             FlexmoreError: the mixture cannot be made, the task fails on a document, or this node has other documents
                 under the task's name than the driver.
         """
-        prepared = self._tasks[task]
+        prepared = self._tasks[split][task]
         if prepared.content_hash != content:
             raise UsageError(f"task {task}: this node has other documents than the driver; use the same data on all")
         try:

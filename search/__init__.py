@@ -1,1 +1,1 @@
-"""Rank search: the best mixture under a parameter budget. Nothing here yet."""
+"""Rank search: the best mixture under a parameter budget, with Ray Tune and Optuna."""

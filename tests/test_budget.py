@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 from flexmore_ray.budget import (
     SHAPE_EXPERTS,
     SHAPES,
+    OptimalRanks,
     allocate_energy,
     allocate_entropy,
     allocate_optimal,
     allocate_uniform,
     break_even_rank,
+    collect_ranks,
     count_parameters,
+    discarded_energy,
     entropy_rank,
     expert_params,
     matrix_params,
     parse_budget,
 )
 from flexmore_ray.errors import UsageError
-from flexmore_ray.spec import DROP, FULL, PROJECTIONS, MixtureSpec, ModelShape
+from flexmore_ray.spec import DROP, FULL, PROJECTIONS, MatrixKey, MixtureSpec, ModelShape
 
 BIG, BIG_EXPERTS = SHAPES["flexolmo-7x7b"], SHAPE_EXPERTS["flexolmo-7x7b"]
 TINY = ModelShape(
@@ -129,6 +132,56 @@ def test_optimal_allocation_is_exact_where_steps_fill_the_budget():
     assert kept_least >= lost_most
 
 
+@given(spectra=_SPECTRA, share=st.floats(0, 1), ranks=st.lists(st.integers(1, 3), min_size=6, max_size=6))
+def test_no_choice_without_dense_matrices_discards_less(spectra, share, ranks):
+    low = _total(dict.fromkeys(TINY_EXPERTS[1:], 1))
+    budget = low + int(share * (_total({}) - low))
+    grouped = iter(ranks)
+    named = {name: {p: next(grouped) for p in PROJECTIONS} for name in TINY_EXPERTS[1:]}
+    assignment = MixtureSpec(ranks=named).assignment(TINY_EXPERTS, TINY)
+    if count_parameters(TINY, TINY_EXPERTS, assignment).total > budget:
+        return
+    best = MixtureSpec(ranks=OptimalRanks(TINY, TINY_EXPERTS, spectra).allocate(budget))
+    lost = discarded_energy(spectra, best.assignment(TINY_EXPERTS, TINY))
+    assert lost <= discarded_energy(spectra, assignment) * (1 + 1e-9)
+
+
+def test_a_budget_short_of_dense_still_buys_ranks():
+    """Of a flat spectrum the dense matrix is the best buy from the start; where it does not fit, ranks are."""
+    shape = ModelShape(
+        hidden_size=20, intermediate_size=30, num_layers=1, vocab_size=5, num_heads=1, num_kv_heads=1, head_dim=4
+    )
+    experts = ("public", "math")
+    rule = OptimalRanks(shape, experts, {key: np.ones(20) for key in shape.keys("math")})
+    dense = matrix_params(shape, "up_proj", FULL)
+    assert rule.allocate(rule.least + 49) == {"math": 1}
+    assert rule.allocate(rule.least + 9 * 50) == {"math": {"gate_proj": 1, "up_proj": 1, "down_proj": 10}}
+    one = rule.least + dense - 50
+    assert rule.allocate(one) == {"math": {"gate_proj": 1, "up_proj": 1, "down_proj": FULL}}
+    assert rule.allocate(one + 4 * 50) == {"math": {"gate_proj": 5, "up_proj": 1, "down_proj": FULL}}
+    assert rule.allocate(one + 2 * (dense - 50)) == {"math": FULL}
+
+
+@pytest.mark.parametrize("granularity", ["layers", "", "drop"])
+def test_an_unknown_granularity(granularity):
+    with pytest.raises(UsageError, match="granularity: one of expert, projection, layer, matrix is needed"):
+        OptimalRanks(TINY, TINY_EXPERTS, {}, granularity)
+
+
+def test_discarded_energy_counts_what_is_beyond_the_ranks_and_all_of_a_dropped_expert():
+    spectra = {key: np.array([3.0, 2.0, 1.0]) for name in TINY_EXPERTS[1:] for key in TINY.keys(name)}
+    ranks = {"math": {"gate_proj": 1, "up_proj": FULL, "down_proj": 2}, "news": DROP}
+    assignment = MixtureSpec(ranks=ranks).assignment(TINY_EXPERTS, TINY)
+    assert discarded_energy(spectra, assignment) == (4 + 1) + 0 + 1 + 3 * 14
+
+
+def test_a_rank_that_costs_as_much_as_dense_is_collected_as_full():
+    keys = [MatrixKey("math", 0, p) for p in PROJECTIONS]
+    assert collect_ranks(TINY, dict(zip(keys, (1, 2, 3), strict=True))) == {
+        "math": {"gate_proj": 1, "up_proj": 2, "down_proj": FULL}
+    }
+
+
 def _base(experts: tuple[str, ...]) -> int:
     assignment = MixtureSpec(ranks=dict.fromkeys(experts[1:], 1)).assignment(experts, BIG)
     count = count_parameters(BIG, experts, assignment)
@@ -161,13 +214,34 @@ def test_expert_params_of_a_refined_assignment():
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("10.75B", 10_750_000_000), ("4.2M", 4_200_000), ("800000", 800_000), ("0.5x", 500)]
+    ("text", "count"),
+    [
+        *(("10.75B", 10_750_000_000), ("4.2M", 4_200_000), ("800000", 800_000), ("0.5x", 500), ("1.25 t", 1.25e12)),
+        *(("0.29x", 290), ("1x", 1000), (" 12k ", 12_000), ("0", 0), ("0x", 0)),  # int(0.29 * 100 * 10) would be 289
+        ("9" * 30 + "T", int("9" * 30) * 10**12),
+    ],
 )
 def test_budgets(text, count):
     assert parse_budget(text, 1000) == count
+    assert parse_budget(text, 1000, in_bytes=True) == count
 
 
-@pytest.mark.parametrize("text", ["", "x", "-3", "10 percent", "1e9"])
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("3.2GB", 3.2e9), ("800MB", 8e8), ("1.5GiB", 1.5 * 2**30), ("2 kib", 2048), ("1TB", 1e12), ("1TiB", 2**40)],
+)
+def test_budgets_of_bytes(text, count):
+    assert parse_budget(text, 1000, in_bytes=True) == count
+    with pytest.raises(UsageError, match=r"a count such as 10\.75B"):
+        parse_budget(text, 1000)
+
+
+_BAD = ["", "x", "-3", "10 percent", "1e9", "nan", "inf", "-inf", "True", "1,000", "3.B", ".5x", "9" * 400, "4 xx"]
+
+
+@pytest.mark.parametrize("text", _BAD)
 def test_bad_budgets(text):
     with pytest.raises(UsageError, match="a count such as"):
         parse_budget(text, 1000)
+    with pytest.raises(UsageError, match=r"a count such as 3\.2GB"):
+        parse_budget(text, 1000, in_bytes=True)

@@ -1,4 +1,4 @@
-"""The grid as a Ray job, unchanged. Run with `make slow`."""
+"""The grid and the search as Ray jobs, unchanged. Run with `make slow`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from flexmore_ray.results import read_cells
+from flexmore_ray.spec import MixtureSpec
 
 BIN = Path(sys.executable).parent
 
@@ -58,6 +60,14 @@ def wait_for(url: str, process: subprocess.Popen) -> None:
     pytest.fail(f"nothing answers at {url}")
 
 
+def submit(dashboard: str, work: Path, *arguments: str) -> str:
+    """Run `flexmore` as a job to its end; returns the job's log."""
+    command = [str(BIN / "ray"), "job", "submit", "--address", dashboard, "--working-dir", str(work), "--"]
+    done = subprocess.run([*command, "flexmore", *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_grid_runs_unchanged_as_a_job(dashboard: str, tmp_path: Path) -> None:
     work, results = tmp_path / "work", tmp_path / "results"
@@ -66,10 +76,36 @@ def test_the_grid_runs_unchanged_as_a_job(dashboard: str, tmp_path: Path) -> Non
         "source: zoo://nano\ntasks: [nano_order]\nlimit: 4\n"
         "mixtures: [{pairs: [2, full]}, {uniform: best, active: 2}]\n"
     )
-    command = [str(BIN / "ray"), "job", "submit", "--address", dashboard, "--working-dir", str(work), "--"]
-    command += ["flexmore", "grid", "plan.yaml", "--results", str(results), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mixtures"'))
+    log = submit(dashboard, work, "grid", "plan.yaml", "--results", str(results), "--json")
+    summary = next(json.loads(line) for line in log.splitlines() if line.startswith('{"mixtures"'))
     assert (summary["computed"], summary["missing"], summary["failed"]) == (13, 0, {})
     assert read_cells(results).num_rows == 13
+
+
+@pytest.mark.slow
+def test_a_search_runs_unchanged_as_a_job(dashboard: str, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    (work / "mine.yaml").write_text("source: zoo://nano\nranks: {math: 4, news: 4}\n")
+    sizes = ["--budget", "0.33x", "--trials", "3", "--limit", "6", "--test-limit", "6", "--include", "mine.yaml"]
+    tasks = ["--tasks", "nano_order", "--tasks", "nano_heroes"]
+    log = submit(dashboard, work, "search", "--source", "zoo://nano", *tasks, *sizes, "--out", str(out), "--json")
+    result = next(json.loads(line) for line in log.splitlines() if line.startswith('{"winner"'))
+    assert f"{result['winner']} (winner)" in log
+    assert str(out / "winner.yaml") in log
+    names = [row["name"] for row in pq.read_table(out / "trials.parquet").to_pylist()]
+    assert names == [
+        "full",
+        "public",
+        "uniform",
+        "energy",
+        "entropy",
+        "optimal",
+        "mine",
+        "trial-0",
+        "trial-1",
+        "trial-2",
+    ]
+    winner = next(entry for entry in result["entries"] if entry["name"] == result["winner"])
+    assert dict(MixtureSpec.load(out / "winner.yaml").ranks) == winner["ranks"]
+    assert (out / "report.html").is_file()

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from flexmore_ray import results
 from flexmore_ray.errors import FlexmoreError, TaskError, UsageError
-from flexmore_ray.results import CellKey, commit_cell, has_cell, read_cell, read_cells, read_samples
+from flexmore_ray.results import CellKey, commit_cell, has_cell, parse_samples, read_cell, read_cells, read_samples
 from flexmore_ray.scores import PREFERRED_METRICS, iter_shards, load_tasks, score
 
 DATA = """
@@ -254,7 +254,7 @@ def test_a_cell_reads_back_as_written(tmp_path, scored):
     assert list(row) == results.CELL_SCHEMA.names
     assert (row["value"], row["stderr"], row["documents"], row["status"]) == (scored.value, scored.stderr, 24, "done")
     assert json.loads(row["mixture"]) == {"ranks": {"a": 4}}
-    assert json.loads(row["versions"])["identity"] == dataclasses.asdict(key)
+    assert json.loads(row["versions"])["identity"] == key.to_dict()
     samples = read_samples(tmp_path).to_pylist()
     assert [sample["doc_id"] for sample in samples] == list(range(24))
     for sample, origin in zip(samples, scored.samples, strict=True):
@@ -270,6 +270,49 @@ def test_every_part_of_the_identity_counts():
         cells.add(key_of(**{name: f"{value}x" if isinstance(value, str) else (value or 0) + 1}).cell)
     assert len(cells) == 1 + len(dataclasses.fields(CellKey))
     assert key_of().cell == "462382e67e896954f6daf2cf65dffe95"
+
+
+def test_a_selection_is_named_only_where_there_is_one():
+    whole, part = key_of(), key_of(selection="random 7 0:9")
+    assert "selection" not in whole.to_dict()
+    assert {**whole.to_dict(), "selection": ""} == dataclasses.asdict(whole)
+    assert part.to_dict() == dataclasses.asdict(part)
+    assert len({whole.cell, part.cell, key_of(selection="random 7 0:10").cell}) == 3
+
+
+def test_a_part_is_a_cell_of_its_own(tmp_path, folder, scored):
+    part = load_tasks(pick(folder, "sums"), split="test").tasks["sums"].score(Guesser(), [3, 4, 20])
+    key = key_of(selection="some")
+    commit(tmp_path, part, key)
+    assert not has_cell(tmp_path, key_of())
+    commit(tmp_path, scored)
+    assert {row["documents"] for row in read_cells(tmp_path).to_pylist()} == {3, 24}
+    assert json.loads(read_cell(tmp_path, key)["versions"])["identity"]["selection"] == "some"
+    assert parse_samples(read_samples(tmp_path, [key.cell])) == part.samples
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_samples_read_back_make_the_same_score(folder, tmp_path, name):
+    task = load_tasks(pick(folder, name), split="test").tasks[name]
+    whole = task.score(Guesser())
+    parts = []
+    for i, ids in enumerate(iter_shards(task, 3)):
+        key = key_of(task=name, selection=str(i))
+        commit(tmp_path, task.score(Guesser(), ids), key)
+        parts.append(task.aggregate(parse_samples(read_samples(tmp_path, [key.cell])), 1.0))
+    found = task.merge(parts)
+    assert found.samples == whole.samples
+    assert found.metrics == whole.metrics
+    assert (found.value, found.stderr, found.documents) == (whole.value, whole.stderr, 24)
+    assert [list(sample.metrics) for sample in found.samples] == [list(sample.metrics) for sample in whole.samples]
+
+
+def test_samples_with_infinite_numbers_and_strange_texts_read_back(tmp_path, scored):
+    strange = [[-math.inf, False], "\u2028 \U0001f600 \x00 \n", 1e-300]
+    samples = [dataclasses.replace(sample, responses=strange, correct=None) for sample in scored.samples]
+    cell = commit(tmp_path, dataclasses.replace(scored, samples=samples))
+    assert parse_samples(read_samples(tmp_path, [cell])) == samples
+    assert parse_samples(read_samples(tmp_path, [])) == []
 
 
 def test_failed_cells_are_kept_but_not_done(tmp_path, scored):

@@ -32,7 +32,7 @@ DPI = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 """Palette of Okabe and Ito, which colour-blind readers can tell apart; yellow is left out, it is faint on paper."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.labelsize": 8,
@@ -68,7 +68,7 @@ class Panel:
 
 def score_by_rank(panels: Sequence[Panel], experts: Sequence[str], path: Path) -> None:
     """Scores of two-expert mixtures against log2 rank, a panel per group; bands are bootstrap intervals."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         columns = min(4, len(panels) + 1)
         rows = math.ceil((len(panels) + 1) / columns)  # one place is for the legend
         figure, grid = plt.subplots(rows, columns, figsize=(WIDTH, 1.75 * rows + 0.2), squeeze=False)
@@ -84,7 +84,7 @@ def score_by_rank(panels: Sequence[Panel], experts: Sequence[str], path: Path) -
         for i in range(max(0, len(panels) - columns), len(panels)):
             axes[i].set_xlabel("rank")
         _legend_of_experts(axes[-1], panels, experts)
-        _save(figure, path)
+        save(figure, path)
 
 
 class _Scale:
@@ -144,7 +144,7 @@ def _draw_panel(ax: Axes, panel: Panel, experts: Sequence[str], scale: _Scale) -
             linestyle="--" if i is None else "-",
         )
     scale.apply(ax)
-    ax.set_title("\n".join(_short(line, 24) for line in textwrap.wrap(panel.title, 24)))
+    ax.set_title("\n".join(short(line, 24) for line in textwrap.wrap(panel.title, 24)))
 
 
 def _legend_of_experts(ax: Axes, panels: Sequence[Panel], experts: Sequence[str]) -> None:
@@ -181,7 +181,7 @@ def heat_map(rows: Sequence[tuple[str, str, Curve]], path: Path) -> None:
         values[i, [ranks.index(rank) for rank in curve.ranks]] = 100 * curve.measure.value
     base = values[:, -1:] if ranks[-1] == FULL else np.nanmean(values, axis=1, keepdims=True)
     distance = values - base
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
+    with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, ax = plt.subplots(figsize=(WIDTH, 0.85 + 0.19 * len(rows)))
         limit = max(1.0, float(np.nanmax(np.abs(distance), initial=0)))
         image = ax.imshow(
@@ -195,13 +195,13 @@ def heat_map(rows: Sequence[tuple[str, str, Curve]], path: Path) -> None:
                 dark = abs(distance[i, j]) > 0.62 * limit
                 ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if dark else "black")
         ax.set_xticks(range(len(ranks)), [str(rank) for rank in ranks], rotation=45 if len(ranks) > 11 else 0)
-        ax.set_yticks(range(len(rows)), [f"{_short(task, 36)} ({whose})" for task, whose, _ in rows])
+        ax.set_yticks(range(len(rows)), [f"{short(task, 36)} ({whose})" for task, whose, _ in rows])
         ax.set_xlabel("rank of the expert in its two-expert mixture")
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=ax, pad=0.015, fraction=0.05, aspect=max(8, 1.1 * len(rows)))
         bar.set_label("points above full" if ranks[-1] == FULL else "points above the mean of the row")
-        _save(figure, path)
+        save(figure, path)
 
 
 def by_layer(spectra: Mapping[str, Mapping[str, Sequence[Array]]], label: str, path: Path, *, log_values: bool) -> None:
@@ -217,7 +217,7 @@ def by_layer(spectra: Mapping[str, Mapping[str, Sequence[Array]]], label: str, p
     layers = max(len(lines) for by in spectra.values() for lines in by.values())
     everything = [values for by in spectra.values() for lines in by.values() for values in lines]
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, layers))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
             len(PROJECTIONS), len(experts), figsize=(WIDTH, 4.6), sharex=True, sharey=True, squeeze=False
         )
@@ -231,7 +231,7 @@ def by_layer(spectra: Mapping[str, Mapping[str, Sequence[Array]]], label: str, p
                 lowest = min(float(values.min()) for values in everything)
                 ax.set_ylim(bottom=max(lowest, _TAIL * max(float(values.max()) for values in everything)) * 0.8)
             if row == 0:
-                ax.set_title(_short(experts[column], 14))
+                ax.set_title(short(experts[column], 14))
             if column == 0:
                 ax.set_ylabel(f"{PROJECTIONS[row]}\n{label}")
         longest = math.log2(max(len(values) for values in everything))
@@ -246,7 +246,7 @@ def by_layer(spectra: Mapping[str, Mapping[str, Sequence[Array]]], label: str, p
         bar = figure.colorbar(scale, ax=grid, pad=0.01, fraction=0.03, aspect=40)
         bar.set_ticks(sorted({*range(0, layers, max(1, layers // 6)), layers - 1}) if layers < 8 else [0, layers - 1])
         bar.set_label("layer", labelpad=2)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _thin(number: int) -> Array:
@@ -268,7 +268,7 @@ def score_by_size(mixtures: Sequence[Mixture], scores: Array, baselines: Sequenc
     size, score = parameters / unit, 100 * np.asarray(scores)
     actives = sorted({mixture.active for mixture in mixtures})
     looks = [_look(mixture, actives) for mixture in mixtures]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(WIDTH, 3.6))
         for look in sorted(set(looks)):
             label, marker, colour, points = look
@@ -290,7 +290,7 @@ def score_by_size(mixtures: Sequence[Mixture], scores: Array, baselines: Sequenc
             ax.xaxis.set_minor_locator(NullLocator())
         _name_points(ax, size, score, [(i, mixtures[i].name) for i in baselines if not math.isnan(score[i])])
         figure.legend(loc="outside upper center", ncols=4, frameon=False, handletextpad=0.4, columnspacing=1.2)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _look(mixture: Mixture, actives: Sequence[int]) -> tuple[str, str, str, int]:
@@ -318,7 +318,7 @@ def _name_points(ax: Axes, size: Array, score: Array, named: Sequence[tuple[int,
     places = [place - shift for place in places]
     for (i, name), place in zip(order, places, strict=True):
         ax.annotate(
-            _short(name, 30),
+            short(name, 30),
             (size[i], score[i]),
             xytext=(1.03, place),
             textcoords=("axes fraction", "data"),
@@ -335,13 +335,13 @@ def _name_points(ax: Axes, size: Array, score: Array, named: Sequence[tuple[int,
         )
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
     """A name as matplotlib draws it letter for letter, cut to a length."""
     cut = text if len(text) <= length else f"{text[: length - 1]}…"
     return cut.replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a PNG of 256 colours, a third of the size, that holds no date and no version."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, metadata={"Software": None})

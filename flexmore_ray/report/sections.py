@@ -213,9 +213,9 @@ def read_sections(results: str | Path) -> list[Section]:
     root = Path(results)
     if not root.is_dir():
         raise UsageError(f"no results folder {root}; make one with flexmore grid or flexmore eval --results")
-    rows = read_cells(root).to_pylist()
+    rows = [row for row in read_cells(root).to_pylist() if "selection" not in json.loads(row["versions"])["identity"]]
     if not rows:
-        raise UsageError(f"{root} holds no results: no file in {root / 'cells'}; run flexmore grid or flexmore eval")
+        raise UsageError(f"{root} holds no results: no score in {root / 'cells'}; run flexmore grid or flexmore eval")
     plans = [_read_plan(path) for path in sorted((root / "plans").glob("*.json"))]
     homes = {mixture.mixture_id: plan for plan in reversed(plans) for mixture in plan.mixtures}
     cells = [_read_cell(row, homes.get(row["mixture_id"])) for row in rows]

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import bench_decompose, bench_grid, bench_moe, bench_scoring, bench_switch, bench_truncation
+from tests.benchmarks import (
+    bench_decompose,
+    bench_grid,
+    bench_moe,
+    bench_scoring,
+    bench_search,
+    bench_switch,
+    bench_truncation,
+)
 
 BENCHMARKS = {
     "decompose": bench_decompose.run,
@@ -22,6 +30,7 @@ BENCHMARKS = {
     "moe_block": bench_moe.run,
     "rank_switch": bench_switch.run,
     "scoring": bench_scoring.run,
+    "search": bench_search.run,
     "truncation": bench_truncation.run,
 }
 

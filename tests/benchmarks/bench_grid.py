@@ -116,10 +116,10 @@ def scripts_way(limit: int | None, rank: int, folder: Path) -> tuple[float, dict
 class Empty(Worker):
     """Scores at once what it is asked to score: what is left is the machinery."""
 
-    def run(self, ranks: Any, active: int, task: str, content: str, documents: Any) -> TaskScore:
+    def run(self, ranks: Any, active: int, split: Any, task: str, content: str, documents: Any) -> TaskScore:
         if self._mixture is None:
             self._switch(ranks, active)
-            self._score = self._tasks[task].score(self._lm)
+            self._score = self._tasks[split][task].score(self._lm)
         return self._score
 
 
