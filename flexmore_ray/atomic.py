@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from flexmore_ray.errors import UsageError
 
@@ -59,10 +59,9 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         what: what else would be running, such as "grid".
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with _lock_file(folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,9 +69,17 @@ def alone(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+def _lock_file(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / ".lock", "w")  # closed by the caller
+    except OSError as error:
+        raise UsageError(f"{folder}: not a folder that can be written: {error.strerror}; choose another") from None
+
+
 def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files that killed runs left in a folder's folders."""
-    for path in folder.glob("*/.*.tmp"):
+    """Remove temporary files that killed runs left in a folder and its folders."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         with contextlib.suppress(FileNotFoundError):  # another process may finish or remove its own
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()

@@ -81,15 +81,19 @@ def _listens_outside(port: int) -> bool:
 
 def _start(num_cpus: int | None, quiet: dict[str, Any]) -> None:
     token = Path.home() / ".ray" / "auth_token"
-    with _loopback():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=_OBJECT_STORE,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+    try:
+        with _loopback():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=_OBJECT_STORE,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+    except Exception as error:  # Ray raises plain ones, such as of a start that takes too long
+        reason = " ".join(str(error).split())[:200]
+        raise FlexmoreError(f"Ray did not start on this machine ({reason}); run the command again") from error
     if token.exists():
         token.chmod(0o600)  # Ray writes it readable for everyone
 

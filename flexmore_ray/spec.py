@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from flexmore_ray.atomic import write_file
 from flexmore_ray.errors import UsageError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -267,7 +268,8 @@ class MixtureSpec:
 
     def save(self, path: str | Path) -> None:
         """Write the mixture file (YAML)."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        write_file(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "mixture") -> MixtureSpec:

@@ -118,8 +118,13 @@ def summary(result: dict[str, Any]) -> str:
                 "" if difference is None else f"{100 * difference['value']:+.1f} {difference['verdict']}",
             ]
         )
-    reason = [f"ended early: {result['reason']}"] if result["reason"] else []
-    return "\n".join(["", columns(rows), "", *reason, result["verdict"], f"{result['mixture']}, {result['html']}"])
+    if len(result["front"]) > 1 and result["objective"] == "front":
+        points = [[e["name"], format_count(e["cost"]), f"{100 * e['value']:.1f}"] for e in result["front"]]
+        front = ["", "Pareto front, validation split", columns([["mixture", "cost", "validation"], *points])]
+    else:
+        front = []
+    files = f"{result['mixture']}, {result['html']}"
+    return "\n".join(["", columns(rows), *front, "", *result["notes"], result["verdict"], files])
 
 
 def main() -> int:

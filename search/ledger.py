@@ -32,6 +32,7 @@ from search.space import Point
 State = Literal["running", "complete", "stopped", "failed"]
 STUDY = "flexmore-search"
 _FORMAT = "flexmore-search-1"
+_WAY_OUT = "an entry of trials/ may be deleted, to be run again; otherwise choose another folder"
 _STATES = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 TRIAL_SCHEMA = pa.schema(
@@ -167,7 +168,10 @@ class Ledger:
             FlexmoreError: its `search.json` cannot be read.
         """
         path = self.out / "search.json"
-        if path.exists() and any((self.out / "trials").glob("[0-9]*.json")):
+        begun = any((self.out / "trials").glob("[0-9]*.json"))
+        if begun and not path.exists():
+            raise UsageError(f"--out: {self.out} holds a search without its search.json; choose another folder")
+        if begun:
             before = read_json(path).get("identity", {})
             for name, value in json.loads(json.dumps(identity)).items():
                 if before.get(name) != value:
@@ -181,8 +185,11 @@ class Ledger:
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:
         """Write a file of the folder whole."""
         path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda file: file.write(json.dumps(data, indent=1).encode()))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, lambda file: file.write(json.dumps(data, indent=1).encode()))
+        except OSError as error:
+            raise FlexmoreError(f"{path}: cannot be written: {error.strerror}; the same command goes on") from error
 
     def read(self) -> list[Entry]:
         """All entries, by number.
@@ -252,9 +259,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FlexmoreError(f"{path}: cannot be read ({error}); delete it to make it again") from None
+        raise FlexmoreError(f"{path}: cannot be read ({error}); {_WAY_OUT}") from None
     if not isinstance(data, dict):
-        raise FlexmoreError(f"{path}: not a JSON object; delete it to make it again")
+        raise FlexmoreError(f"{path}: not a JSON object; {_WAY_OUT}")
     return data
 
 

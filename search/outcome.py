@@ -93,10 +93,10 @@ class Search:
         return next(found, None)
 
     def best(self, number: int) -> list[Entry]:
-        """Complete entries within the budget, the highest score first, of equal mixtures the first."""
+        """Complete entries within the budget, the highest score first, the cheapest of equals; each mixture once."""
         fitting = [entry for entry in self.entries if entry.state == "complete" and entry.fits]
         found: dict[str, Entry] = {}
-        for entry in sorted(fitting, key=lambda entry: (-entry.value, entry.name != self.final["winner"])):
+        for entry in sorted(fitting, key=lambda entry: (-entry.value, entry.cost, entry.number)):
             found.setdefault(entry.mixture_id, entry)
         return list(found.values())[:number]
 

@@ -278,7 +278,8 @@ def _spent(search: Search) -> list[Block]:
                 f"{count(documents['trials'], 'document')} evaluated in trials{worth}; "
                 f"{documents['baselines']:,} for the baselines; {documents['test']:,} on the test split"
                 + (f". A full evaluation is {count(each, 'document')}." if each else "."),
-                f"It took {took}.",
+                f"Scoring took {took}, summed over workers.",
+                *search.final.get("notes", ()),
             ]
         ),
     ]
@@ -409,7 +410,8 @@ def _methods(search: Search) -> list[Block]:
         else ""
     )
     given = [entry.name for entry in search.baselines if entry.name not in _BASELINES]
-    definitions = [f"{name}: {what}" for name, what in _BASELINES.items()]
+    there = {entry.name for entry in search.baselines}
+    definitions = [f"{name}: {what}" for name, what in _BASELINES.items() if name in there]
     halved = search.settings.get("halved_tasks") or []
     definitions += [f"given by the user: {some(given)}"] if given else []
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from flexmore_ray.spec import DROP
 from flexmore_ray.store import FactorSource
 from flexmore_ray.worker import Worker
 from search.engine import Job, ScoreError, run_jobs
-from search.ledger import Entry, Journal, Ledger
+from search.ledger import Entry, Journal, Ledger, front
 from search.objective import Block
 from search.plan import Mixtures, Search
 from search.progress import Progress
 from search.report import write_report
-from search.study import Study
+from search.study import STANDARD, Study
 from search.verdict import conclude
 
 
@@ -147,9 +147,9 @@ def run_search(search: Search, worker: type[Worker] = Worker) -> dict[str, Any]:
     with alone(search.out, "search"):
         ledger = Ledger(search.out)
         ledger.claim(search.identity(), search.notes())
-        remove_abandoned(search.out)
+        for folder in (search.out, objective.results):
+            remove_abandoned(folder)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_writing(search.out))
             stack.enter_context(cluster())
             check_room({"worker": options.needs}, nodes())
             factors = stack.enter_context(_factors(search))
@@ -169,16 +169,8 @@ def run_search(search: Search, worker: type[Worker] = Worker) -> dict[str, Any]:
             )
         ledger.write_tables(study.entries)
         if study.broken:
-            raise FlexmoreError(f"{study.reason}; what was finished is kept in {search.out}")
+            raise FlexmoreError(f"{study.broken}; what was finished is kept in {search.out}")
         return _conclude(search, study, ledger)
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FlexmoreError(f"cannot write to {out}: {error.strerror or error}; the same command goes on") from error
 
 
 def _factors(search: Search) -> contextlib.AbstractContextManager[FactorSource]:
@@ -265,12 +257,26 @@ def _conclude(search: Search, study: Study, ledger: Ledger) -> dict[str, Any]:
         "stopped": states.count("stopped"),
         "failed": states.count("failed"),
         "seconds": sum(entry.seconds for entry in study.entries),
+        "notes": _notes(search, study),
     }
     winner = next(entry for entry in entries if entry.name == final["winner"])
     save_mixture(search, winner, search.out / "winner.yaml")
     ledger.write_json("final.json", final)
     report = write_report(search.out)
-    return final | report | {"mixture": str(search.out / "winner.yaml"), "reason": study.reason}
+    more = {"mixture": str(search.out / "winner.yaml"), "front": _front(study), "objective": search.settings.objective}
+    return final | report | more
+
+
+def _notes(search: Search, study: Study) -> list[str]:
+    """What did not go as asked, a sentence each."""
+    missing = [name for name in STANDARD if name not in {entry.name for entry in study.entries}]
+    ended = [f"It ended before all {search.settings.trials} trials: {study.reason}."] if study.reason else []
+    return ended + ([f"Baselines left out, as none of the kind fits: {', '.join(missing)}."] if missing else [])
+
+
+def _front(study: Study) -> list[dict[str, Any]]:
+    """The Pareto front on the validation split, by cost."""
+    return [{name: getattr(entry, name) for name in ("name", "cost", "value")} for entry in front(study.entries)]
 
 
 def save_mixture(search: Search, entry: Entry, path: Path) -> None:

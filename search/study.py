@@ -79,6 +79,7 @@ class Study:
         self.reason: str | None = None
         """Why the search ended before all trials; None while it did not."""
         self._ids: set[str] = set()
+        self._shown: set[str] = set()  # mixtures that the sampler knows of: two baselines may be the same
         self._study = optuna.create_study(
             directions=["maximize", "minimize"] if front else ["maximize"],
             sampler=FeasibleSampler(sampler, space, seed, self._is_new, fill=not front),
@@ -100,8 +101,10 @@ class Study:
     def _show(self, entry: Entry) -> None:
         """Put an entry that has ended into the sampler's study, if the space has it, and into the journal."""
         trial = entry.frozen(self.space.distributions, self.budget, front=self.front)
-        if entry.point is not None and self.live.get(entry.number) is None:  # else the sampler's study was told
+        told = self.live.get(entry.number) is not None
+        if entry.point is not None and not told and entry.mixture_id not in self._shown:
             self._study.add_trial(trial)
+        self._shown.add(entry.mixture_id)
         self._journal.add(trial)
 
     def _is_new(self, point: Point) -> bool:
@@ -271,8 +274,7 @@ class Study:
             self._study.tell(trial, values, state=optuna.trial.TrialState[told])
         self._show(entry)
         del self.live[entry.number]
-        if self.broken:
-            self.reason = f"{MAX_FAILURES} trials in a row failed, the last with: {error}"
+        self.reason = self.broken or self.reason
 
     def merit(self, entry: Entry, rung: int) -> float:
         """What early stopping compares at a rung: the score, or for a front how far it is above the baselines'."""
@@ -283,10 +285,12 @@ class Study:
         return score - max((other.rungs[rung] for other in ended if other.cost <= entry.cost), default=0.0)
 
     @property
-    def broken(self) -> bool:
-        """Whether the last trials failed, as many as end a search."""
-        last = [entry.state for entry in self.trials if entry.state != "running"][-MAX_FAILURES:]
-        return last == ["failed"] * MAX_FAILURES
+    def broken(self) -> str | None:
+        """That the last trials failed, as many as end a search, and why; None where they did not."""
+        last = [entry for entry in self.trials if entry.state != "running"][-MAX_FAILURES:]
+        if [entry.state for entry in last] != ["failed"] * MAX_FAILURES:
+            return None
+        return f"{MAX_FAILURES} trials in a row failed, the last with: {last[-1].error}"
 
     @property
     def best(self) -> Entry | None:
@@ -295,9 +299,12 @@ class Study:
 
     @property
     def ranking(self) -> Sequence[Entry]:
-        """The complete entries within the budget, the highest score first, the cheapest of equals."""
+        """The complete entries within the budget, the highest score first, of equals the cheapest; no mixture twice."""
         fitting = [entry for entry in self.entries if entry.state == "complete" and entry.fits]
-        return sorted(fitting, key=lambda entry: (-entry.value, entry.cost, entry.number))
+        found: dict[str, Entry] = {}
+        for entry in sorted(fitting, key=lambda entry: (-entry.value, entry.cost, entry.number)):
+            found.setdefault(entry.mixture_id, entry)
+        return list(found.values())
 
 
 def _first_free(numbers: Iterable[int]) -> int:

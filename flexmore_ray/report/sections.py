@@ -213,6 +213,8 @@ def read_sections(results: str | Path) -> list[Section]:
     root = Path(results)
     if not root.is_dir():
         raise UsageError(f"no results folder {root}; make one with flexmore grid or flexmore eval --results")
+    if (root / "search.json").exists():
+        raise UsageError(f"{root} is of a search: its report is {root}/report.md, its results are in {root}/results")
     rows = [row for row in read_cells(root).to_pylist() if "selection" not in json.loads(row["versions"])["identity"]]
     if not rows:
         raise UsageError(f"{root} holds no results: no score in {root / 'cells'}; run flexmore grid or flexmore eval")
