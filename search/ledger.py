@@ -32,7 +32,7 @@ from search.space import Point
 State = Literal["running", "complete", "stopped", "failed"]
 STUDY = "flexmore-search"
 _FORMAT = "flexmore-search-1"
-_WAY_OUT = "an entry of trials/ may be deleted, to be run again; otherwise choose another folder"
+_AGAIN = "delete it to run it again"
 _STATES = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 TRIAL_SCHEMA = pa.schema(
@@ -200,9 +200,9 @@ class Ledger:
         entries = []
         for path in sorted((self.out / "trials").glob("[0-9]*.json")):
             try:
-                entries.append(Entry(**read_json(path)))
+                entries.append(Entry(**read_json(path, _AGAIN)))
             except TypeError as error:
-                raise FlexmoreError(f"{path}: not an entry of a search ({error}); delete it to run it again") from None
+                raise FlexmoreError(f"{path}: not an entry of a search ({error}); {_AGAIN}") from None
         return entries
 
     def write(self, entry: Entry) -> None:
@@ -250,8 +250,12 @@ class Journal:
         self._study.add_trial(trial)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, way_out: str = "choose another folder") -> dict[str, Any]:
     """A JSON object of a search's folder.
+
+    Args:
+        path: the file.
+        way_out: what an error tells the user to do.
 
     Raises:
         FlexmoreError: it cannot be read.
@@ -259,9 +263,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FlexmoreError(f"{path}: cannot be read ({error}); {_WAY_OUT}") from None
+        raise FlexmoreError(f"{path}: cannot be read ({error}); {way_out}") from None
     if not isinstance(data, dict):
-        raise FlexmoreError(f"{path}: not a JSON object; {_WAY_OUT}")
+        raise FlexmoreError(f"{path}: not a JSON object; {way_out}")
     return data
 
 
