@@ -219,14 +219,14 @@ def stopping(limit: int, count: int, seeds: int, store: Path, folder: Path) -> d
 
 def run(*, quick: bool = False) -> dict[str, Any]:
     """All three."""
-    sizes = ((3, 3),) if quick else ((12, 16), (100, 8))
+    sizes = ((3, 3),) if quick else ((12, 8), (50, 8))
     with own_home() as folder, cluster(num_cpus=WORKERS):
         store = folder / "store"
         build_store(open_source([SOURCE]), store)
         result = {
             "fresh_actors": [reused_against_fresh(limit, count, store, folder) for limit, count in sizes],
-            "overhead": overhead(4 if quick else 40, 1 if quick else 3, store, folder),
-            "early_stopping": stopping(*((9, 3, 1) if quick else (45, 24, 3)), store, folder),
+            "overhead": overhead(4 if quick else 20, 1 if quick else 3, store, folder),
+            "early_stopping": stopping(*((9, 3, 1) if quick else (36, 24, 3)), store, folder),
         }
     for found in result["fresh_actors"]:
         print(
