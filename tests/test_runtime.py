@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.placement import Needs, check_room
+from flexmore_ray.runtime import cluster
+
+OWN_CLUSTER = """
+import os
+import ray
 from flexmore_ray.runtime import cluster, nodes
 
+with cluster(num_cpus=1):
+    (node,) = nodes()
+    assert node["Resources"]["CPU"] == 1
+    assert node["NodeManagerAddress"] == "127.0.0.1"
+    with cluster(num_cpus=5):  # inside, it is the same one, and stays
+        assert nodes()[0]["NodeID"] == node["NodeID"]
+    assert ray.is_initialized()
+assert not ray.is_initialized()
+assert "RAY_AUTH_MODE" not in os.environ
+"""
 
-def test_a_cluster_of_its_own_ends_with_the_block_and_leaves_no_trace(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    with cluster(num_cpus=1):
-        (node,) = nodes()
-        assert node["Resources"]["CPU"] == 1
-        assert node["NodeManagerAddress"] == "127.0.0.1"
-        with cluster(num_cpus=5):  # inside, it is the same one, and stays
-            assert nodes()[0]["NodeID"] == node["NodeID"]
-        assert ray.is_initialized()
-    assert not ray.is_initialized()
-    assert "RAY_AUTH_MODE" not in os.environ
+
+def test_a_cluster_of_its_own_ends_with_the_block_and_leaves_no_trace(tmp_path):
+    """In a process of its own: Ray keeps the way of authentication that a process first used."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_CLUSTER], env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     token = Path(tmp_path) / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
 
