@@ -28,9 +28,16 @@ from flexmore_ray.checkpoint import (
     shared_tensors,
 )
 from flexmore_ray.errors import UsageError
-from flexmore_ray.modeling import DENSE, FlexMoreConfig, FlexMoreExpert, FlexMoreForCausalLM
+from flexmore_ray.modeling import (
+    DENSE,
+    ExpertLink,
+    FlexMoreConfig,
+    FlexMoreExpert,
+    FlexMoreForCausalLM,
+    FlexMoreRemoteExpert,
+)
 from flexmore_ray.source import Source, open_source
-from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape
+from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape, suggest
 from flexmore_ray.spectra import Factors
 from flexmore_ray.store import FactorSource, open_store, parse_device
 
@@ -203,13 +210,23 @@ class Mixture:
         model: the `FlexMoreForCausalLM`; always exactly the current rank assignment.
     """
 
-    def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype, hold_rank: int = 0) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        device: torch.device,
+        dtype: torch.dtype,
+        hold_rank: int = 0,
+        remote: Mapping[str, ExpertLink] | None = None,
+    ) -> None:
         self._parts = parts
+        self._remote = remote or {}
+        if unknown := [name for name in self._remote if name not in parts.assignment.ranks]:
+            raise UsageError(f"remote: the mixture has no expert {unknown[0]!r}; {suggest(unknown[0], self.experts)}")
         self._device, self._dtype, self._hold_rank = device, dtype, hold_rank
         self._held: dict[MatrixKey, Tensor | Factors] = {}
         self._unordered: set[MatrixKey] = set()  # held factors as their owner made them: no slice of them is a rank
         self._rows: dict[str, list[Tensor]] = {}
-        self._experts: dict[str, list[FlexMoreExpert]] = {}
+        self._experts: dict[str, list[FlexMoreExpert | FlexMoreRemoteExpert]] = {}
         self.model = self._build_trunk()
         self._switch(parts, None)
 
@@ -310,13 +327,16 @@ class Mixture:
         changed = [
             key
             for key in parts.matrix_keys()
-            if before is None or key.expert in fresh or before.rank(key) != parts.assignment.rank(key)
+            if key.expert in fresh or before is None or before.rank(key) != parts.assignment.rank(key)
         ]
+        if elsewhere := [key for key in changed if key.expert in self._remote and before is not None]:
+            raise UsageError(f"{elsewhere[0]}: computes elsewhere, so its rank cannot be changed here")
+        changed = [key for key in changed if key.expert not in self._remote]
         fetched = {key: self._fetch(parts, key) for key in changed if not self._has(parts, key)}
         for name in fresh - set(self._rows):
             layers = range(parts.source.shape.num_layers)
             self._rows[name] = [self._to(parts.source.router_row(name, layer)) for layer in layers]
-            self._experts[name] = [_empty_expert(self.model.config) for _ in layers]
+            self._experts[name] = [self._new_expert(name, layer) for layer in layers]
         self._held |= fetched
         born = parts.source.born_ranks
         for key in fetched:
@@ -328,6 +348,12 @@ class Mixture:
             self._place_experts(parts.assignment)
         self._parts = parts
         self._update_config(parts.assignment)
+
+    def _new_expert(self, name: str, layer: int) -> FlexMoreExpert | FlexMoreRemoteExpert:
+        if name in self._remote:
+            return FlexMoreRemoteExpert(self._remote[name], layer)
+        with torch.device("meta"):
+            return FlexMoreExpert(self.model.config, 0, 0)
 
     def _has(self, parts: Parts, key: MatrixKey) -> bool:
         held, rank = self._held.get(key), parts.assignment.rank(key)
@@ -345,6 +371,7 @@ class Mixture:
 
     def _place(self, key: MatrixKey, rank: int | str) -> None:
         expert, held = self._experts[key.expert][key.layer], self._held[key]
+        assert isinstance(expert, FlexMoreExpert)
         if isinstance(held, Factors):
             expert.set_pair(key.projection, held.a[:rank], held.bt[:rank].T)
         else:
@@ -379,6 +406,7 @@ def load_mixture(
     source: Source | None = None,
     factors: FactorSource | None = None,
     hold_rank: int = 0,
+    remote: Mapping[str, ExpertLink] | None = None,
 ) -> Mixture:
     """Load a mixture into memory.
 
@@ -392,6 +420,7 @@ def load_mixture(
         factors: where to take factors from; None means the spec's store, else the cache.
         hold_rank: hold factors up to this rank, so that switches up to it fetch nothing; 0 means
             just what the assignment needs.
+        remote: experts that compute elsewhere; of these only the router rows are read. None means none do.
 
     Raises:
         UsageError, CheckpointError, StoreError: see `open_mixture`.
@@ -400,7 +429,7 @@ def load_mixture(
     parts = open_mixture(mixture, experts, source=source, factors=factors)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else parts.source.dtype
-    return Mixture(parts, place, parse_dtype(dtype), hold_rank)
+    return Mixture(parts, place, parse_dtype(dtype), hold_rank, remote)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -461,11 +490,6 @@ def _output_settings(source: Source) -> tuple[Any, ...]:
 def _trunk_config(source: Source) -> dict[str, Any]:
     left_out = ("model_type", "architectures", "num_experts", "num_experts_per_tok", "expert_names", "dtype")
     return {k: v for k, v in source.config.items() if k not in (*left_out, "torch_dtype")}
-
-
-def _empty_expert(config: FlexMoreConfig) -> FlexMoreExpert:
-    with torch.device("meta"):
-        return FlexMoreExpert(config, 0, 0)
 
 
 def _set_parameter(model: nn.Module, name: str, values: Tensor) -> None:

@@ -13,12 +13,16 @@ so the dense products with the public expert's Wg, Wu, Wd are made once per toke
 low-rank experts are chosen. A full-size expert makes its own three products. Any single matrix of
 an expert may be dense or low-rank. Tensor names are those of the FlexMoRE authors' class
 (`flex_more`): ``experts.E.gate_proj.weight`` or ``experts.E.gate_proj_{a,b}.weight``.
+
+Serving adds two things that cost nothing where they are not used: `Routing` keeps experts from some tokens, exactly
+as if they had never been merged, and an expert may compute elsewhere (`ExpertLink`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +160,34 @@ class FlexMoreExpert(nn.Module):
         linear.__dict__["out_features"], linear.__dict__["in_features"] = weight.shape
 
 
+class ExpertLink(Protocol):
+    """An expert that computes elsewhere. Every `send` is followed by its `receive`, in between others may work."""
+
+    def send(self, layer: int, x: Tensor) -> None:
+        """Give a layer's tokens (n, H) to the expert."""
+
+    def receive(self) -> Tensor:
+        """Its output for them (n, H), before the router's weights."""
+
+
+class FlexMoreRemoteExpert(nn.Module):
+    """The place of an expert whose weights are elsewhere, in one layer."""
+
+    is_dense = True  # it does not need the public expert's products
+
+    def __init__(self, link: ExpertLink, layer: int) -> None:
+        super().__init__()
+        self._link, self._layer = link, layer
+
+    def send(self, x: Tensor) -> None:
+        """Give the expert its tokens (n, H)."""
+        self._link.send(self._layer, x)
+
+    def receive(self) -> Tensor:
+        """Its output for them (n, H), before the router's weights."""
+        return self._link.receive()
+
+
 Chosen = dict[int, tuple[Tensor | None, Tensor]]
 """For each chosen expert its tokens (n,), None where all T chose it, and their router weights (n, 1)."""
 
@@ -175,7 +207,7 @@ class FlexMoreExperts(nn.ModuleList):
 
         Args:
             x: (T, H).
-            top_k_index: (T, K) chosen experts.
+            top_k_index: (T, K) chosen experts; E, the number of experts, stands for none.
             top_k_weights: (T, K) their router weights.
 
         Returns:
@@ -183,6 +215,16 @@ class FlexMoreExperts(nn.ModuleList):
         """
         experts = cast("list[FlexMoreExpert]", list(self))
         chosen = _group_by_expert(top_k_index, top_k_weights, len(experts))
+        remote = {e: chosen.pop(e) for e in list(chosen) if isinstance(experts[e], FlexMoreRemoteExpert)}
+        for e, (rows, _) in remote.items():
+            cast("FlexMoreRemoteExpert", experts[e]).send(_rows(x, rows))
+        y = self._local(experts, x, chosen)
+        for e, (rows, weights) in remote.items():
+            y = _add_rows(y, rows, cast("FlexMoreRemoteExpert", experts[e]).receive() * weights)
+        return y
+
+    def _local(self, experts: list[FlexMoreExpert], x: Tensor, chosen: Chosen) -> Tensor:
+        """What the experts whose weights are here add up to (T, H)."""
         sharing = {e: group for e, group in chosen.items() if e == 0 or not experts[e].is_dense}
         y = torch.zeros_like(x)
         for e, (rows, weights) in chosen.items():
@@ -258,7 +300,8 @@ def _group_by_expert(top_k_index: Tensor, top_k_weights: Tensor, num_experts: in
     counts = chosen.bincount(minlength=num_experts).tolist()
     rows = (order // k).split(counts)
     weights = top_k_weights.flatten()[order].unsqueeze(1).split(counts)
-    return {e: (None if count == num_tokens else rows[e], weights[e]) for e, count in enumerate(counts) if count}
+    used = enumerate(counts[:num_experts])
+    return {e: (None if count == num_tokens else rows[e], weights[e]) for e, count in used if count}
 
 
 def _union(chosen: Chosen, num_tokens: int) -> Tensor | None:
@@ -284,12 +327,45 @@ def _accumulate(total: Tensor | None, like: Tensor, rows: Tensor | None, values:
     return _add_rows(total, rows, values)
 
 
+@dataclasses.dataclass
+class Routing:
+    """What all routers of a model are told about the next forward pass, and what they tell of the last one."""
+
+    allowed: Tensor | None = None
+    """(T, E) bool: which experts may work on which token; None means all on all."""
+    picks: list[tuple[Tensor, Tensor]] | None = None
+    """Where each layer's router appends its chosen experts (T, K) and their weights (T, K); None keeps nothing."""
+
+
+class FlexMoreTopKRouter(FlexOlmoTopKRouter):
+    """FlexOlmo's router, which can be told to keep experts from tokens."""
+
+    routing: Routing | None = None
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Router logits (T, E), and weights and experts (T, K) of the chosen ones."""
+        routing = self.routing
+        if routing is None:
+            return super().forward(hidden_states)
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        if routing.allowed is not None:
+            logits = logits.masked_fill(~routing.allowed, -torch.inf)
+        weights, experts = logits.softmax(dim=-1, dtype=torch.float).topk(self.top_k, dim=-1)
+        if routing.allowed is not None:  # fewer allowed than chosen: the rest is nobody, with weight 0
+            experts = experts.masked_fill(~routing.allowed.gather(1, experts), self.num_experts)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if routing.picks is not None:
+            routing.picks.append((experts, weights))
+        return logits, weights.to(logits.dtype), experts
+
+
 class FlexMoreSparseMoeBlock(FlexOlmoSparseMoeBlock):
     """FlexOlmo's router over FlexMoRE's experts."""
 
     def __init__(self, config: FlexMoreConfig, layer: int) -> None:
         nn.Module.__init__(self)
-        self.gate = FlexOlmoTopKRouter(config)
+        self.gate = FlexMoreTopKRouter(config)
         self.experts = FlexMoreExperts(config, layer)  # type: ignore[assignment]
 
 
@@ -314,7 +390,7 @@ class FlexMorePreTrainedModel(FlexOlmoPreTrainedModel):
     # Which experts get tokens depends on the data, so the graph cannot be captured whole.
     _can_compile_fullgraph = False
     _can_record_outputs = {
-        "router_logits": OutputRecorder(FlexOlmoTopKRouter, index=0),
+        "router_logits": OutputRecorder(FlexMoreTopKRouter, index=0),
         "hidden_states": FlexMoreDecoderLayer,
         "attentions": FlexOlmoAttention,
     }
@@ -353,6 +429,11 @@ class FlexMoreForCausalLM(FlexMorePreTrainedModel, FlexOlmoForCausalLM):
         self.config.num_experts_per_tok = self.num_experts_per_tok = active
         for layer in self.model.layers:
             layer.mlp.gate.top_k = active
+
+    def set_routing(self, routing: Routing | None) -> None:
+        """Let all routers follow `routing` from now on; None makes them choose freely and keep nothing."""
+        for layer in self.model.layers:
+            layer.mlp.gate.routing = routing
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ A rank assignment gives each domain expert one of
     "drop"               left out, router row and all
 
 and an integer may be refined: a mapping from projection to a rank, or to one rank per layer.
+When the mixture is served, an expert with ``placement: own`` has processes of its own.
 Nothing here reads a weight: `MixtureSpec.assignment` needs only the sizes of the matrices.
 """
 
@@ -37,6 +38,7 @@ ExpertRank = int | str | Mapping[str, Any]
 """What a mixture file may say of one expert: see `check_rank`."""
 
 _MIXTURE_KEYS = ("source", "store", "experts", "ranks", "active")
+_ENTRY_KEYS = ("rank", "placement", "nodes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -194,6 +196,9 @@ class MixtureSpec:
     """Rank of each domain expert; one that is not named stays full."""
     active: int | None = None
     """Experts chosen per token; None means as many as the checkpoint says, or all that are kept if fewer."""
+    own: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    """Experts that are served by processes of their own, and where those may run: "LABEL=VALUE" for a node label,
+    the name of a custom resource, or None for any node. It changes no output."""
     mixture_id: str | None = None
     """Stable hash of everything that decides the outputs; None until the weights are known."""
 
@@ -209,6 +214,9 @@ class MixtureSpec:
             object.__setattr__(self, "experts", check_names(self.experts, where="experts"))
         ranks = {name: check_rank(rank, where=f"ranks.{name}") for name, rank in self.ranks.items()}
         object.__setattr__(self, "ranks", ranks)
+        for name, nodes in self.own.items():
+            if nodes is not None and (not isinstance(nodes, str) or not nodes):
+                raise UsageError(f"ranks.{name}.nodes: LABEL=VALUE or the name of a resource is needed, got {nodes!r}")
 
     def with_ranks(self, ranks: Mapping[str, ExpertRank]) -> MixtureSpec:
         """The same mixture with some experts' ranks replaced."""
@@ -241,6 +249,9 @@ class MixtureSpec:
                 raise UsageError(f"ranks: unknown expert {name!r}; {suggest(name, list(experts[1:]))}")
             if name == experts[0] and self.ranks[name] != FULL:
                 raise UsageError(f"ranks.{name}: the public expert is the base of all corrections and stays full")
+        for name in self.own:
+            if name == experts[0] or self.ranks.get(name, FULL) == DROP:
+                raise UsageError(f"ranks.{name}.placement: own is for a domain expert that is kept, not for {name}")
         kept = {}
         for name in experts:
             rank = check_rank(self.ranks.get(name, FULL), shape.num_layers, where=f"ranks.{name}")
@@ -264,6 +275,9 @@ class MixtureSpec:
         if self.experts is not None:
             out["experts"] = list(self.experts)
         out["ranks"] = {name: dict(r) if isinstance(r, Mapping) else r for name, r in self.ranks.items()}
+        for name, nodes in self.own.items():
+            entry = {"rank": out["ranks"].get(name, FULL), "placement": "own"}
+            out["ranks"][name] = entry if nodes is None else entry | {"nodes": nodes}
         return out if self.active is None else out | {"active": self.active}
 
     def save(self, path: str | Path) -> None:
@@ -289,14 +303,15 @@ class MixtureSpec:
             raise UsageError(f"{where}: source is a string or a list of name=FOLDER strings, got {source!r}")
         if not source and not data.get("store"):
             raise UsageError(f"{where}: a mixture file names its source or its store, got neither")
-        ranks = data.get("ranks")
         try:
+            ranks, own = _read_entries(data.get("ranks"))
             return cls(
                 source=tuple(source),
                 store=data.get("store"),
                 experts=data.get("experts"),
-                ranks={} if ranks is None else ranks,
+                ranks=ranks,
                 active=data.get("active"),
+                own=own,
             )
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
@@ -367,6 +382,24 @@ class Assignment:
         experts = [[digests[name], {p: list(r) for p, r in layers.items()}] for name, layers in self.ranks.items()]
         content = {"shared": digests["shared"], "experts": experts, "active": self.active}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_entries(entries: Any) -> tuple[Any, dict[str, str | None]]:
+    """Ranks by expert, and the placement of those whose entry is a mapping with ``placement``."""
+    ranks: Any = {} if entries is None else entries
+    own: dict[str, str | None] = {}
+    if not isinstance(ranks, Mapping):
+        return ranks, own
+    for name, entry in ranks.items():
+        if not isinstance(entry, Mapping) or not set(entry) & set(_ENTRY_KEYS):
+            continue
+        for key in entry:
+            if key not in _ENTRY_KEYS:
+                raise UsageError(f"ranks.{name}: unknown key {key!r}; {suggest(str(key), _ENTRY_KEYS)}")
+        if entry.get("placement") != "own":
+            raise UsageError(f"ranks.{name}.placement: own is the only one to ask for, got {entry.get('placement')!r}")
+        own[name] = entry.get("nodes")
+    return {name: ranks[name].get("rank", FULL) if name in own else rank for name, rank in ranks.items()}, own
 
 
 def _expand(

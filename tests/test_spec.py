@@ -109,3 +109,43 @@ def test_ranks_on_the_command_line():
     for bad in ("", "0", "1.5", "x", "[1]", "{", "1: 2: 3"):
         with pytest.raises(UsageError, match="x"):
             parse_rank(bad, where="x")
+
+
+# ---- placement
+
+
+def test_placement_is_part_of_an_entry() -> None:
+    data = {
+        "source": "zoo://nano",
+        "ranks": {
+            "math": 8,
+            "code": {"rank": "full", "placement": "own", "nodes": "owner=acme"},
+            "news": {"placement": "own"},
+        },
+    }
+    spec = MixtureSpec.from_dict(data)
+    assert spec.ranks == {"math": 8, "code": "full", "news": "full"}
+    assert spec.own == {"code": "owner=acme", "news": None}
+    assert MixtureSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"rank": 8, "placement": "here"}, "ranks.math.placement: own is the only one to ask for, got 'here'"),
+        ({"rank": 8, "nodes": "a=b"}, "ranks.math.placement: own is the only one to ask for, got None"),
+        ({"rank": 8, "placement": "own", "node": "a=b"}, "ranks.math: unknown key 'node'; did you mean nodes?"),
+        ({"rank": 0, "placement": "own"}, "ranks.math: a rank is an integer >= 1"),
+        ({"rank": 8, "placement": "own", "nodes": 7}, "ranks.math.nodes: LABEL=VALUE or the name of a resource"),
+    ],
+)
+def test_a_bad_placement(entry: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        MixtureSpec.from_dict({"source": "zoo://nano", "ranks": {"math": entry}})
+
+
+@pytest.mark.parametrize("name", ["public", "news"])
+def test_own_is_for_a_kept_domain_expert(name: str) -> None:
+    spec = MixtureSpec(ranks={"news": "drop"}, own={name: None})
+    with pytest.raises(UsageError, match=f"ranks.{name}.placement: own is for a domain expert that is kept"):
+        spec.assignment(("public", "math", "news"), SHAPE)
