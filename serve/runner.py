@@ -1,4 +1,5 @@
-"""Continuous batching: transformers' manager, with a step of our own. The only file that knows its insides.
+"""Continuous batching: transformers' manager, with a step of our own. With `serve.attention` the only file that
+knows its insides.
 
 The manager keeps the queue, the schedule, the paged KV cache and its prefix blocks, and a thread that steps. Ours is
 what happens in a step (`Step`): which experts may work on which tokens, which positions' logits are needed, and what
@@ -27,6 +28,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.modeling import FlexMoreForCausalLM
+from serve import attention
 
 _LARGEST_ID = 2**31 - 1  # token ids are hashed as 32-bit integers
 
@@ -142,6 +144,13 @@ class _Manager(ContinuousBatchingManager):
         self._step, self._vocab_size = step, vocab_size
         self.output_router = _Router(step.failed)
 
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+        before = model.config._attn_implementation
+        if before in ("sdpa", "paged|eager"):
+            self._original_attn_impl = self._original_attn_impl or before
+            model.set_attn_implementation(attention.NAME)
+
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
         runner = processor.model_runner
@@ -186,8 +195,12 @@ class _Runner(ModelRunner):
         for future in batch:  # positions were moved on already
             start = future.state.position_offset - future.query_length
             slices.append(Slice(future.state.request_id, start, future.query_length, future.has_new_token))
-        wanted = torch.tensor(self._step.wanted(slices), device=batch_data["input_ids"].device)
-        logits = self._step.forward(model, slices, batch_data | {"logits_to_keep": wanted})
+        device = batch_data["input_ids"].device
+        inputs = batch_data | {"logits_to_keep": torch.tensor(self._step.wanted(slices), device=device)}
+        if model.config._attn_implementation == attention.NAME:
+            lengths, keys = zip(*((part.length, part.start + part.length) for part in slices), strict=True)
+            inputs["segments"] = attention.Segments.of(lengths, keys, batch_data["read_index"][0])
+        logits = self._step.forward(model, slices, inputs)
         chosen = self._step.choose(slices, logits)
         states = [future.state for future in batch if future.has_new_token]
         for state, (token, is_end) in zip(states, chosen, strict=True):

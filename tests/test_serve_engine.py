@@ -18,6 +18,7 @@ from flexmore_ray import load_mixture
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.mixture import Mixture
 from flexmore_ray.spec import MixtureSpec
+from serve.attention import Segments, varlen_attention
 from serve.engine import Engine, Limits
 from serve.request import Delta, ExpertLost, QueueFull, Request, Usage
 from serve.sampling import choose
@@ -472,3 +473,56 @@ def test_a_lost_expert_is_refused_where_it_is_needed(mixture: Mixture) -> None:
         ask(engine, request(mixture, text))
     finally:
         engine.stop()
+
+
+# ---- attention
+
+
+@settings(max_examples=60)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 40)), min_size=1, max_size=9),
+    heads=st.sampled_from([(4, 4), (4, 2)]),
+    seed=st.integers(0, 999),
+)
+def test_each_sequence_attends_to_itself_alone(
+    shapes: list[tuple[int, int]], heads: tuple[int, int], seed: int
+) -> None:
+    """Queries and keys before them, sequence by sequence, against a plain causal product of each alone."""
+    torch.manual_seed(seed)
+    query_heads, key_heads = heads
+    lengths = [new + old for new, old in shapes]
+    cache_places = torch.randperm(sum(lengths) + 3)[: sum(lengths)].split(lengths)
+    keys, values = torch.randn(2, sum(lengths) + 3, key_heads, 8)
+    writes = torch.cat([places[old:] for places, (_, old) in zip(cache_places, shapes, strict=True)])
+    expected_keys, expected_values = keys.clone(), values.clone()
+    new_keys, new_values = keys[writes].clone(), values[writes].clone()
+    keys[writes] = values[writes] = torch.nan  # to be written by the step
+    query = torch.randn(len(writes), query_heads, 8)
+    has_past = any(old for _, old in shapes)
+    read = torch.cat(cache_places) if has_past else torch.empty(0, dtype=torch.long)
+    segments = Segments.of([new for new, _ in shapes], lengths, read)
+
+    class Allocator:
+        index = 0
+        _kv_token_views = [(keys, values)]
+
+    class Cache:
+        layer_to_allocator = [Allocator()]
+
+    class Layer(torch.nn.Module):
+        layer_idx = 0
+
+    states = (x.transpose(0, 1).unsqueeze(0) for x in (query, new_keys, new_values))
+    out, _ = varlen_attention(Layer(), *states, None, 0.3, cache=Cache(), segments=segments, write_index=[writes])
+    start = 0
+    for places, (new, old) in zip(cache_places, shapes, strict=True):
+        q = query[start : start + new].transpose(0, 1)
+        k, v = (
+            x[places].repeat_interleave(query_heads // key_heads, 1).transpose(0, 1)
+            for x in (expected_keys, expected_values)
+        )
+        scores = (q @ k.transpose(1, 2) * 0.3).masked_fill(~torch.ones(new, new + old).tril(old).bool(), -torch.inf)
+        torch.testing.assert_close(
+            out[0, start : start + new].transpose(0, 1), scores.softmax(-1) @ v, atol=1e-5, rtol=1e-5
+        )
+        start += new
