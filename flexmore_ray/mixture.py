@@ -18,15 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from flexmore_ray.budget import ParameterCount, count_parameters
 from flexmore_ray.build import build_store
-from flexmore_ray.checkpoint import (
-    DTYPES,
-    shared_tensors,
-)
+from flexmore_ray.checkpoint import DTYPES, shared_tensors
 from flexmore_ray.errors import UsageError
 from flexmore_ray.modeling import (
     DENSE,
@@ -319,6 +317,8 @@ class Mixture:
             _set_parameter(model, name, self._to(source.shared(name)))
         model.tie_weights()
         model.to(self._dtype).requires_grad_(False)
+        if (source.trunk.folder / GENERATION_CONFIG_NAME).exists():  # which may end texts at other tokens
+            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(source.trunk.folder).eos_token_id
         return model
 
     def _switch(self, parts: Parts, before: Assignment | None) -> None:

@@ -18,8 +18,10 @@ from tests.benchmarks import (
     bench_decompose,
     bench_grid,
     bench_moe,
+    bench_own_expert,
     bench_scoring,
     bench_search,
+    bench_serve,
     bench_switch,
     bench_truncation,
 )
@@ -28,9 +30,11 @@ BENCHMARKS = {
     "decompose": bench_decompose.run,
     "grid": bench_grid.run,
     "moe_block": bench_moe.run,
+    "own_expert": bench_own_expert.run,
     "rank_switch": bench_switch.run,
     "scoring": bench_scoring.run,
     "search": bench_search.run,
+    "serve": bench_serve.run,
     "truncation": bench_truncation.run,
 }
 
