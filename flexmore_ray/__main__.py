@@ -63,7 +63,8 @@ def _quiet_libraries() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from search.__main__ import add_options
+    import search.__main__
+    import serve.__main__
 
     parser = _Parser(prog="flexmore", description="FlexMoRE on Ray: mixtures of experts of chosen ranks.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -131,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-documents", type=int, default=500, metavar="N", help="documents of one unit of work (default: 500)"
     )
 
-    search = command("search", commands.run_search, "the best ranks under a budget, with Ray Tune and Optuna")
-    add_options(search)
+    searcher = command("search", commands.run_search, "the best ranks under a budget, with Ray Tune and Optuna")
+    search.__main__.add_options(searcher)
 
     report = command("report", commands.run_report, "tables, regression and figures of a results folder")
     report.add_argument("results", metavar="RESULTS")
@@ -144,21 +145,24 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", metavar="D", help="dtype to write (default: loses nothing)")
     export.add_argument("--out", required=True, metavar="DIR")
 
-    for sub in (grid, search):
+    server = command("serve", serve.__main__.run, "a mixture over HTTP, OpenAI-compatible, on Ray Serve")
+    serve.__main__.add_options(server)
+
+    for sub in (grid, searcher):
         sub.add_argument("--workers", type=int, metavar="N", help="workers (default: as many as the nodes can hold)")
         sub.add_argument("--cpus", type=float, default=1, metavar="X", help="CPUs of one worker (default: 1)")
         sub.add_argument("--gpus", type=float, default=0, metavar="X", help="GPUs of one worker (default: 0)")
         sub.add_argument("--expert-gpus", type=float, default=0, metavar="X", help="GPUs of one expert actor")
         sub.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
         sub.add_argument("--store", metavar="DIR", help="folder of the factors (default: in the cache)")
-    for sub in (decompose, grid, search):
+    for sub in (decompose, grid, searcher):
         sub.add_argument(
             "--pin",
             action="append",
             metavar="EXPERT=NODES",
             help="on a cluster: nodes of an expert, as LABEL=VALUE or the name of a custom resource",
         )
-    for sub in (inspect, params, merge, decompose, evaluate, grid, search, export):
+    for sub in (inspect, params, merge, decompose, evaluate, grid, searcher, export, server):
         sub.add_argument("--experts", type=lambda text: text.split(","), metavar="A,B,...", help="expert names")
     return parser
 

@@ -70,7 +70,7 @@ class Delta:
     prompt_logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     """One for each prompt token, in the first piece, where asked for."""
     finish_reason: FinishReason | None = None
-    """Set in the last piece: "stop" (end of text, or a stop string) or "length" (max_tokens, or the model's own end)."""
+    """Set in the last piece: "stop" (end of text, or a stop string) or "length" (max_tokens)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +87,9 @@ class Usage:
     """Experts that the request was to have and that were not there for all of it."""
 
 
-class QueueFull(FlexmoreError):
+class QueueFull(FlexmoreError):  # noqa: N818
     """A replica has as many sequences waiting as it takes; try again in a moment (429)."""
 
 
-class ExpertLost(FlexmoreError):
+class ExpertLost(FlexmoreError):  # noqa: N818
     """An expert that the request needs is not there, and the policy is to refuse (503)."""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -45,18 +46,18 @@ class Server:
 
     def replicas(self, deployment: str) -> dict[int, float]:
         """Processes of a deployment's replicas (ingress, mixture, expert-NAME), and when each started."""
-        return {pid: start for pid, start, name in self._cluster() if f"#{deployment}#" in name}
+        named = re.compile(f"ray::.*[:#]{deployment}(#|:|$)")  # Ray's names, at rest and at work
+        return {pid: start for pid, start, name in self.cluster() if named.match(name)}
 
     def log(self) -> str:
         """What the command has printed."""
         return (self.home / "serve.log").read_text()
 
-    def _cluster(self) -> Iterator[tuple[int, float, str]]:
-        """Ray's processes whose home is this server's."""
-        for other in psutil.process_iter(["pid", "create_time", "cmdline"]):
+    def cluster(self) -> Iterator[tuple[int, float, str]]:
+        """Processes that the command has started, Ray's among them: id, time of its start, name."""
+        for other in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if other.environ().get("HOME") == str(self.home):
-                    yield other.pid, other.info["create_time"], " ".join(other.info["cmdline"] or ())
+                yield other.pid, other.create_time(), " ".join(other.cmdline()).strip()
 
 
 @contextlib.contextmanager
@@ -75,6 +76,8 @@ def serving(home: Path, mixture: str | Path, *options: str) -> Iterator[Server]:
     with process(command, home / "serve.log", environment) as started:
         server = Server(f"http://127.0.0.1:{port}", started, home)
         wait_for(f"{server.url}/ready", started, server.log)
+        while server.url not in server.log():  # which it says last
+            time.sleep(0.1)
         yield server
 
 

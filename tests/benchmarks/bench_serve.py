@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_serve
 
-Clients send prompts of 48 tokens and get 48 tokens each, whatever they say (the models have no end token here). The
+Clients send prompts of 48 tokens and ask for 16 to 80 more; they get them all (the models have no end token here). The
 peer serves the FlexOlmo checkpoint of the same experts, all full, with its own continuous batching. Two models: the
 embedded one, where a step is mostly overhead, and one of random weights that is wide enough to compute.
 """
@@ -33,7 +33,8 @@ from serve.request import Request
 from tests.common import random_model, write
 from tests.serve_process import Load, drive, free_port, process, serving, wait_for
 
-CLIENTS, PROMPT, TOKENS = 32, 48, 48
+CLIENTS, PROMPT = 32, 48
+TOKENS = (16, 80)
 NANO_RANKS = {"math": 16, "news": 8, "academic": 8, "code": 32, "creative": 8, "reddit": 16}
 WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 3, "vocab_size": 99}
 WIDE_RANK = 32
@@ -94,7 +95,7 @@ def _compare(name: str, source: tuple[Path, dict[str, Any]], folder: Path, quick
         "serve / one at a time": speed["flexmore serve"] / speed["one at a time"],
         "own placement / in process": speed["expert on its own"] / speed["expert in process"],
     }
-    print(f"{name}: {CLIENTS} clients, prompts of {PROMPT} tokens, {TOKENS} generated")
+    print(f"{name}: {CLIENTS} clients, prompts of {PROMPT} tokens, {TOKENS[0]} to {TOKENS[1]} generated")
     for way, load in rows.items():
         print(
             f"  {way:<20} {load['requests_per_s']:7.1f} requests/s {load['tokens_per_s']:8,.0f} tokens/s   latency "
@@ -108,9 +109,13 @@ def _median(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: statistics.median(one[key] for one in runs) for key in runs[0]}
 
 
-def _prompts(count: int) -> list[str]:
-    draw = random.Random(0)
-    return ["".join(draw.choices(string.ascii_lowercase + " \n", k=PROMPT)) for _ in range(count)]
+def _requests(count: int, turn: int) -> list[tuple[str, int]]:
+    """Prompts and numbers of tokens; other prompts in every turn, so that no prefix is known."""
+    draw = random.Random(turn)
+    letters = string.ascii_lowercase + " \n"
+    texts = ["".join(draw.choices(letters, k=PROMPT)) for _ in range(count)]
+    draw.seed(0)
+    return [(text, draw.randint(*TOKENS)) for text in texts]
 
 
 def _engine(mixture: Path, count: int) -> dict[str, float]:
@@ -118,23 +123,24 @@ def _engine(mixture: Path, count: int) -> dict[str, float]:
     loaded = load_mixture(mixture)
     engine = Engine(loaded, Limits(sequences=64))
     engine.start()
-    prompts = [tuple(loaded.tokenizer(text).input_ids) for text in _prompts(count)]
 
     async def all_of_them(turn: int) -> Load:
         latencies: list[float] = []
+        asked = _requests(count, turn)
+        prompts = [tuple(loaded.tokenizer(text).input_ids) for text, _ in asked]
         waiting = iter(enumerate(prompts))
 
         async def client() -> None:
             for i, prompt in waiting:
                 start = time.perf_counter()
                 await engine.generate(
-                    Request(id=f"{turn}-{i}", prompts=(prompt,), max_tokens=TOKENS, temperature=1.0, seed=i)
+                    Request(id=f"{turn}-{i}", prompts=(prompt,), max_tokens=asked[i][1], temperature=1.0, seed=i)
                 )
                 latencies.append(time.perf_counter() - start)
 
         start = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(CLIENTS)))
-        return Load(time.perf_counter() - start, latencies, len(prompts) * TOKENS)
+        return Load(time.perf_counter() - start, latencies, sum(tokens for _, tokens in asked))
 
     try:
         runs = [asyncio.run(all_of_them(turn)).summary() for turn in range(4)]
@@ -144,15 +150,16 @@ def _engine(mixture: Path, count: int) -> dict[str, float]:
 
 
 def _drive(url: str, model: str, count: int, clients: int) -> dict[str, float]:
-    """Load in three runs, after one to warm up; a new text in every run, so that no prefix is known."""
+    """Load in three runs, after one to warm up."""
     runs = []
     for turn in range(4):
         bodies = [
-            {"model": model, "prompt": f"{turn}{text[1:]}", "max_tokens": TOKENS, "temperature": 1.0, "seed": i}
-            for i, text in enumerate(_prompts(count))
+            {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 1.0, "seed": i}
+            for i, (text, tokens) in enumerate(_requests(count, turn))
         ]
         load = drive(url, bodies, clients)
-        assert load.tokens == count * TOKENS, f"{load.tokens} tokens came of {count * TOKENS}"
+        asked = sum(body["max_tokens"] for body in bodies)
+        assert load.tokens == asked, f"{load.tokens} tokens came of {asked}"
         runs.append(load.summary())
     return _median(runs[1:])
 
