@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
@@ -36,6 +39,8 @@ SEARCH_BUDGET = "0.5x"
 SEARCH_TRIALS = 16
 SEARCH_LIMITS = (27, 50)
 """Documents per task of the search: to choose by, and to report on."""
+QUESTIONS = ("fact: main city of Nanin:", ">>> b=5;c=b+2;b:", "r/til define z3v0n?")
+"""What the served winner is asked: of the test split's documents of a recall, a program and a slang task."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +81,14 @@ def run_demo(out: Path) -> dict[str, Any]:
     if not model.exists():
         export_mixture(specs[chosen], model, "flex_more")
     found = search(out)
+    answers = serve_winner(out)
     say_where_to_look(out, chosen)
     return {
         "out": str(out),
         "chosen": chosen,
         "rows": [dataclasses.asdict(row) for row in rows],
         "search": {name: found[name] for name in ("winner", "verdict", "mixture")},
+        "answers": answers,
     }
 
 
@@ -196,6 +203,32 @@ def search(out: Path) -> dict[str, Any]:
     return result
 
 
+def serve_winner(out: Path) -> dict[str, str]:
+    """Serve the search's winner over HTTP, ask it something, and shut the service down."""
+    from serve.__main__ import serving
+    from serve.app import build_app
+    from serve.settings import read_settings
+
+    winner = out.resolve() / "search" / "winner.yaml"
+    settings = read_settings({"mixture": str(winner)})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    print(f"\nServing {winner.name} on Ray Serve", flush=True)
+    with serving(build_app(settings), settings, "127.0.0.1", port) as url:
+        print(f"{url}/v1/completions")
+        answers = {}
+        for question in QUESTIONS:
+            body = {"model": "winner", "prompt": question, "max_tokens": 10, "temperature": 0, "stop": "\n"}
+            request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+            with urlopen(request, timeout=60) as reply:
+                content = json.load(reply)
+            answers[question] = content["choices"][0]["text"]
+            shares = sorted(content["usage"]["experts"].items(), key=lambda item: -item[1])
+            worked = ", ".join(f"{name} {share:.0%}" for name, share in shares[:3])
+            print(f"  {question} {answers[question]:<12} ({worked})", flush=True)
+    return answers
+
+
 def say_where_to_look(out: Path, chosen: str) -> None:
     """Close with what was written, and with commands to go on with."""
     mixture = out / "mixtures" / f"{chosen}.yaml"
@@ -214,5 +247,6 @@ Next
   flexmore eval {mixture} --tasks {SUITE} --split test
   flexmore grid --preset paper --source {SOURCE} --tasks {SUITE} --results grid   (six minutes: the whole 150 mixtures)
   flexmore search --source {SOURCE} --tasks {SUITE} --budget 0.33x --trials 42 --limit 54 --out search
+  flexmore serve {out}/search/winner.yaml          (then open http://127.0.0.1:8000)
   flexmore export {out}/search/winner.yaml --format flexolmo --out dense"""
     )

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check_exposure(args.host, bool(keys))
     check_port(args.host, args.port)
     application = bind(settings, api_keys=tuple(map(key_digest, keys)), admin_keys=tuple(map(key_digest, admin_keys)))
-    with _serving(args, settings, application) as url:
+    with serving(application, settings, args.host, args.port) as url:
         print(f"{settings.model_name}: {url}", flush=True)
         started = time.monotonic()
         _wait_for_signal()
@@ -83,8 +83,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _serving(args: argparse.Namespace, settings: Any, application: Any) -> Iterator[str]:
-    """Be up for as long as the block runs; gives the service's URL."""
+def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[str]:
+    """Be up for as long as the block runs; gives the service's URL.
+
+    Args:
+        application: what `serve.app.build_app` made of `settings`.
+        settings: of the application.
+        host: address to listen on.
+        port: on that address.
+
+    Raises:
+        FlexmoreError: the service did not come up, or the cluster has no room for it.
+    """
     from ray import serve
 
     from flexmore_ray.placement import check_room
@@ -98,9 +108,9 @@ def _serving(args: argparse.Namespace, settings: Any, application: Any) -> Itera
         check_room(needs(settings, settings.spec()), nodes())
         try:
             with _quiet():
-                serve.start(proxy_location="EveryNode", http_options={"host": args.host, "port": args.port})
+                serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
                 serve.run(application, name=APPLICATION, route_prefix="/")
-            url = f"http://{_for_url(args.host)}:{args.port}"
+            url = f"http://{_for_url(host)}:{port}"
             _wait_until_ready(url)
             yield url
         finally:
