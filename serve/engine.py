@@ -24,7 +24,7 @@ from torch import Tensor
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.mixture import Mixture
 from flexmore_ray.modeling import ExpertLink, FlexMoreForCausalLM, Routing
-from serve.job import EndedRequest, Job, Observer, Outcome, SequenceState
+from serve.job import RECENT, EndedRequest, Job, Observer, Outcome, SequenceState
 from serve.request import Delta, ExpertLost, FinishReason, QueueFull, Request, TokenLogprob, Usage
 from serve.runner import BatchRunner, CacheSize, Slice
 from serve.sampling import choose, logprobs
@@ -100,6 +100,7 @@ class Engine:
         self._present = self._available()
         self._plan: list[_Rows] = []
         self._totals: collections.Counter[str] = collections.Counter()
+        self._recent: collections.deque[tuple[float | None, ...]] = collections.deque(maxlen=RECENT)
         self._expert_weights = np.zeros(len(self.experts))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runner = BatchRunner(self._model, self, self._cache_size(), self._model.config.vocab_size)
@@ -178,14 +179,21 @@ class Engine:
             self._release(job)
 
     def stats(self) -> dict[str, Any]:
-        """A snapshot: sequences running and waiting, cache use, totals, and each expert's share and state."""
-        running, waiting, cache = self._runner.usage()
+        """A snapshot: sequences running and waiting, cache use, totals, and each expert's share and state.
+
+        "cache" is the share of the KV cache that sequences hold, "cached" the share that is kept for others to reuse.
+        "recent" has of each of the last 512 requests that were answered to their end: when that was (seconds since
+        1970), and the seconds to the first token, per token after it, and to the end; None where there was no token.
+        """
+        running, waiting, cache, cached = self._runner.usage()
         weights = self._expert_weights / (self._expert_weights.sum() or 1.0)
         return {
             "running": running,
             "waiting": waiting,
             "cache": cache,
+            "cached": cached,
             "totals": dict(self._totals),
+            "recent": list(self._recent),
             "shares": dict(zip(self.experts, weights.tolist(), strict=True)),
             "lost": [self.experts[e] for e, link in self._remote.items() if not link.available],
             "alive": self.is_alive,
@@ -266,6 +274,8 @@ class Engine:
             first_token=None if first is None else first - job.began,
             per_token=(ended - first) / (longest - 1) if first is not None and longest > 1 else None,
         )
+        if outcome == "done":
+            self._recent.append((time.time(), request.first_token, request.per_token, request.seconds))
         if self._observer is not None:
             self._observer.ended(request)
 

@@ -223,7 +223,7 @@ class _Api:
         write = asyncio.to_thread if size > _MANY_LOGPROBS else _at_once
         content = await write(lambda: dump(answer.whole(deltas, usage)))
         lost = {"x-flexmore-experts-lost": ",".join(usage.lost)} if usage.lost else {}
-        return Response(content, headers={"x-request-id": request.id, **lost}, media_type="application/json")
+        return Response(content, headers=lost, media_type="application/json")
 
     async def _stream(
         self, http: HttpRequest, request: Request, answer: Answer, include_usage: bool, deadline: float
@@ -235,7 +235,7 @@ class _Api:
         except BaseException:
             await pieces.aclose()
             raise
-        return EventStream(self._events(first, pieces, answer, include_usage, deadline), request.id, deadline)
+        return EventStream(self._events(first, pieces, answer, include_usage, deadline), deadline)
 
     async def _events(
         self,

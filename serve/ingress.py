@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flexmore_ray.errors import FlexmoreError
 from serve.http import create_app
+from serve.job import RECENT
 from serve.metrics import IngressMetrics, read_metrics
 from serve.request import Delta, QueueFull, Request, Usage
 from serve.service import Description, HttpSettings, Unavailable
@@ -25,6 +27,8 @@ from serve.transport import EngineStopped, by_value, keep_to_loopback
 ATTEMPTS = 3  # replicas that a request is sent to at most, one after the other
 _PAUSE_SECONDS = 0.2  # before a request is sent again, for the news of a replica's death to come
 _STATUS_SECONDS = 2.0
+_OF_REPLICAS = ("replica", "running", "waiting", "cache", "cached", "alive")
+_TIMES = ("time_to_first_token_s", "time_per_output_token_s", "request_s")
 _TRANSIENT = (RayActorError, ReplicaUnavailableError, EngineStopped)
 
 
@@ -51,6 +55,7 @@ class Replicas:
 
     def __init__(self, front: Front, handle: DeploymentHandle, application: str, metrics: IngressMetrics) -> None:
         self._front, self._handle, self._metrics = front, handle, metrics
+        self._application = application
         self._generate = by_value(handle, "generate")
         self._stream = by_value(handle, "stream", stream=True)
         self._switch = Switch(application)
@@ -130,7 +135,7 @@ class Replicas:
 
     async def metrics(self) -> str:
         """In Prometheus's text format."""
-        return await read_metrics()
+        return await read_metrics(self._application)
 
     async def _stats(self) -> list[dict[str, Any]]:
         """What each mixture replica says of itself; those that do not answer are left out."""
@@ -147,10 +152,10 @@ def summarise(stats: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         "experts" (share of the weight, whether lost), "replicas" (of each: id, running, waiting, cache use), "queue"
-        (sequences that wait) and "totals".
+        (sequences that wait), "totals" and "latency" (see `latency`).
     """
     names = list(dict.fromkeys(name for snapshot in stats for name in snapshot["shares"]))
-    totals: dict[str, float] = {}
+    totals: dict[str, int] = {}
     for snapshot in stats:
         for name, number in snapshot["totals"].items():
             totals[name] = totals.get(name, 0) + number
@@ -162,10 +167,34 @@ def summarise(stats: list[dict[str, Any]]) -> dict[str, Any]:
     lost = {name for snapshot in stats for name in snapshot["lost"]}
     return {
         "experts": {name: {"share": shares[name], "lost": name in lost} for name in names},
-        "replicas": [{key: s[key] for key in ("replica", "running", "waiting", "cache", "alive")} for s in stats],
+        "replicas": [{key: s[key] for key in _OF_REPLICAS} for s in stats],
         "queue": sum(snapshot["waiting"] for snapshot in stats),
         "totals": totals,
+        "latency": latency([times for snapshot in stats for times in snapshot["recent"]]),
     }
+
+
+def latency(recent: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    """What the most recent requests took, whichever replica answered them.
+
+    Args:
+        recent: as `serve.engine.Engine.stats` has it, of all replicas.
+
+    Returns:
+        "requests", of how many this is, 512 at most; and "median" and "p95" (95th percentile) of
+        "time_to_first_token_s", "time_per_output_token_s" and "request_s", in seconds; None where nothing is known.
+    """
+    latest = sorted(recent, key=lambda times: times[0] or 0.0)[-RECENT:]
+    columns = list(zip(*latest, strict=True))[1:] or [()] * len(_TIMES)
+    return {"requests": len(latest), **dict(zip(_TIMES, map(_percentiles, columns), strict=True))}
+
+
+def _percentiles(column: Iterable[float | None]) -> dict[str, float | None]:
+    values = [seconds for seconds in column if seconds is not None]
+    if not values:
+        return {"median": None, "p95": None}
+    median, p95 = np.quantile(values, (0.5, 0.95)).tolist()
+    return {"median": median, "p95": p95}
 
 
 def _tokens(snapshot: Mapping[str, Any]) -> float:
@@ -181,12 +210,14 @@ class Ingress:
         mixture: the mixture's deployment.
     """
 
-    def __init__(self, front: Front, mixture: DeploymentHandle) -> None:
+    async def __init__(self, front: Front, mixture: DeploymentHandle) -> None:  # type: ignore[misc]  # Serve awaits it
         keep_to_loopback()
-        application = serve.get_replica_context().app_name
-        self._metrics = IngressMetrics(application)
-        self._front = front
-        self._replicas = Replicas(front, mixture, application, self._metrics)
+        context = serve.get_replica_context()
+        status = await asyncio.to_thread(serve.status)
+        started = int(status.applications[context.app_name].last_deployed_time_s)
+        self._front = dataclasses.replace(front, description=dataclasses.replace(front.description, created=started))
+        self._metrics = IngressMetrics(context.app_name, context.replica_id.unique_id)
+        self._replicas = Replicas(self._front, mixture, context.app_name, self._metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """For Serve, which mounts it."""

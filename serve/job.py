@@ -17,6 +17,8 @@ from serve.request import Delta, FinishReason, Request, TokenLogprob, Usage
 from serve.text import TextStream
 
 Outcome = Literal["done", "cancelled", "failed"]
+RECENT = 512
+"""Requests whose times are remembered."""
 
 
 class Observer(Protocol):

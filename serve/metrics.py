@@ -14,21 +14,24 @@
 | flexmore_serve_generated_tokens           | counter   |          | tokens generated                                 |
 | flexmore_serve_step_tokens                | histogram |          | tokens of one step: the size of a batch          |
 | flexmore_serve_step_s                     | histogram |          | time of one step                                 |
-| flexmore_serve_running                    | gauge     | replica  | sequences in the batch                           |
-| flexmore_serve_waiting                    | gauge     | replica  | sequences that wait for a place in it            |
-| flexmore_serve_cache_use                  | gauge     | replica  | share of the KV cache in use, in [0, 1]          |
+| flexmore_serve_running                    | gauge     |          | sequences in the batch                           |
+| flexmore_serve_waiting                    | gauge     |          | sequences that wait for a place in it            |
+| flexmore_serve_cache_use                  | gauge     |          | share of the KV cache that sequences hold        |
+| flexmore_serve_cache_kept                 | gauge     |          | share that is kept for others to reuse           |
 | flexmore_serve_expert_tokens              | counter   | expert   | tokens, each divided among experts by the        |
 |                                           |           |          | router's weights                                 |
-| flexmore_serve_expert_share               | gauge     | replica, | share of the routed weight since the replica     |
-|                                           |           | expert   | started, in [0, 1]                               |
+| flexmore_serve_expert_share               | gauge     | expert   | share of the routed weight since the replica     |
+|                                           |           |          | started, in [0, 1]                               |
 | flexmore_serve_expert_lost                | counter   | expert   | requests that had to do without this expert      |
-| flexmore_serve_leases                     | gauge     | replica, | connections of mixture replicas to a replica of  |
-|                                           |           | expert   | an expert placed on its own                      |
-| flexmore_serve_expert_busy                | gauge     | replica, | share of its time that such a replica computed   |
-|                                           |           | expert   |                                                  |
+| flexmore_serve_leases                     | gauge     | expert   | connections of mixture replicas to a replica of  |
+|                                           |           |          | an expert placed on its own                      |
+| flexmore_serve_expert_busy                | gauge     | expert   | share of its time that such a replica computed   |
 
-All have the tag ``application`` too. Replicas are counted by Serve: ``ray_serve_deployment_replica_healthy``. A value
-appears on the port within 10 seconds or so, which is how often Ray collects.
+All have the tags ``application`` and ``replica`` too. A value appears on the port up to 10 seconds after the fact: so
+often Ray collects from the processes of a node (its ``metrics_report_interval_ms``).
+
+`read_metrics` adds what Serve says of the same application: how many replicas there are and shall be, how many requests
+came, wait, are at work or failed, and how long HTTP answers took.
 """
 
 from __future__ import annotations
@@ -47,28 +50,28 @@ from serve.job import EndedRequest
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 _TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
-_FAMILIES = re.compile(r"(?:# (?:HELP|TYPE) )?ray_(?:flexmore_|serve_)")
+_OF_SERVE = (
+    "autoscaling_desired_replicas",
+    "autoscaling_target_replicas",
+    "deployment_error_counter_total",
+    "deployment_queued_queries",
+    "deployment_replica_healthy",
+    "deployment_replica_starts_total",
+    "deployment_request_counter_total",
+    "http_request_latency_ms",
+    "num_http_requests_total",
+    "replica_processing_queries",
+)
+_FAMILY = re.compile(rf"ray_(?:flexmore_serve_\w+|serve_(?:{'|'.join(_OF_SERVE)}))")
+_SAMPLE = re.compile(r"(\w+)\{(.*)\} (\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_DROPPED = re.compile("Component|SessionName|Version|WorkerId|otel_.*")
+"""Labels that say nothing: the same everywhere, or the process, which replica, handle or node tell already."""
 _SCRAPE_SECONDS = 5.0
 
 
 class _Metrics:
-    """Metrics of one process; each has the application's name as a tag."""
-
-    def __init__(self, application: str) -> None:
-        self._tags = {"application": application}
-
-    def _counter(self, name: str, what: str, *tags: str) -> Counter:
-        return Counter(f"flexmore_serve_{name}", what, ("application", *tags))
-
-    def _gauge(self, name: str, what: str, *tags: str) -> Gauge:
-        return Gauge(f"flexmore_serve_{name}", what, ("application", *tags))
-
-    def _histogram(self, name: str, what: str, bounds: Sequence[float]) -> Histogram:
-        return Histogram(f"flexmore_serve_{name}", what, list(bounds), ("application",))
-
-
-class EngineMetrics(_Metrics):
-    """What one mixture replica does; an engine's observer.
+    """Metrics of one replica; each has its name and the application's as tags.
 
     Args:
         application: its name in Serve.
@@ -76,8 +79,23 @@ class EngineMetrics(_Metrics):
     """
 
     def __init__(self, application: str, replica: str) -> None:
-        super().__init__(application)
-        self._replica = {**self._tags, "replica": replica}
+        self._tags = {"application": application, "replica": replica}
+
+    def _counter(self, name: str, what: str, *tags: str) -> Counter:
+        return Counter(f"flexmore_serve_{name}", what, (*self._tags, *tags))
+
+    def _gauge(self, name: str, what: str, *tags: str) -> Gauge:
+        return Gauge(f"flexmore_serve_{name}", what, (*self._tags, *tags))
+
+    def _histogram(self, name: str, what: str, bounds: Sequence[float]) -> Histogram:
+        return Histogram(f"flexmore_serve_{name}", what, list(bounds), tuple(self._tags))
+
+
+class EngineMetrics(_Metrics):
+    """What one mixture replica does; an engine's observer."""
+
+    def __init__(self, application: str, replica: str) -> None:
+        super().__init__(application, replica)
         self._requests = self._counter("requests", "Requests that ended in an engine", "outcome")
         self._first = self._histogram("time_to_first_token_s", "From arrival to the first token, seconds", _SECONDS)
         self._per_token = self._histogram("time_per_output_token_s", "Between tokens, seconds", _PER_TOKEN)
@@ -87,11 +105,12 @@ class EngineMetrics(_Metrics):
         self._generated = self._counter("generated_tokens", "Tokens generated")
         self._step_tokens = self._histogram("step_tokens", "Tokens of one step", _TOKENS)
         self._step_seconds = self._histogram("step_s", "Time of one step, seconds", _PER_TOKEN)
-        self._running = self._gauge("running", "Sequences in the batch", "replica")
-        self._waiting = self._gauge("waiting", "Sequences that wait for a place in the batch", "replica")
-        self._cache = self._gauge("cache_use", "Share of the KV cache in use", "replica")
+        self._running = self._gauge("running", "Sequences in the batch")
+        self._waiting = self._gauge("waiting", "Sequences that wait for a place in the batch")
+        self._cache = self._gauge("cache_use", "Share of the KV cache that sequences hold")
+        self._kept = self._gauge("cache_kept", "Share of the KV cache that is kept for others to reuse")
         self._expert_tokens = self._counter("expert_tokens", "Tokens by the router's weights", "expert")
-        self._share = self._gauge("expert_share", "Share of the routed weight", "replica", "expert")
+        self._share = self._gauge("expert_share", "Share of the routed weight", "expert")
         self._lost = self._counter("expert_lost", "Requests that did without this expert", "expert")
 
     def stepped(self, tokens: int, sequences: int, seconds: float) -> None:
@@ -124,33 +143,34 @@ class EngineMetrics(_Metrics):
 
     def report(self, stats: Mapping[str, Any]) -> None:
         """What the engine looks like now: its stats."""
-        self._running.set(stats["running"], self._replica)
-        self._waiting.set(stats["waiting"], self._replica)
-        self._cache.set(stats["cache"], self._replica)
+        self._running.set(stats["running"], self._tags)
+        self._waiting.set(stats["waiting"], self._tags)
+        self._cache.set(stats["cache"], self._tags)
+        self._kept.set(stats["cached"], self._tags)
         for name, share in stats["shares"].items():
-            self._share.set(share, {**self._replica, "expert": name})
+            self._share.set(share, {**self._tags, "expert": name})
 
 
 class ExpertMetrics(_Metrics):
     """What one replica of an expert placed on its own does."""
 
     def __init__(self, application: str, replica: str, expert: str) -> None:
-        super().__init__(application)
-        self._busy = self._gauge("expert_busy", "Share of its time that it computed", "replica", "expert")
-        self._leases = self._gauge("leases", "Mixture replicas' connections to it", "replica", "expert")
-        self._replica = {**self._tags, "replica": replica, "expert": expert}
+        super().__init__(application, replica)
+        self._busy = self._gauge("expert_busy", "Share of its time that it computed", "expert")
+        self._leases = self._gauge("leases", "Mixture replicas' connections to it", "expert")
+        self._tags = {**self._tags, "expert": expert}
 
     def report(self, busy: float, leases: int) -> None:
         """How busy it was lately, as a share of the time, and its open connections."""
-        self._busy.set(busy, self._replica)
-        self._leases.set(leases, self._replica)
+        self._busy.set(busy, self._tags)
+        self._leases.set(leases, self._tags)
 
 
 class IngressMetrics(_Metrics):
     """What one ingress replica does."""
 
-    def __init__(self, application: str) -> None:
-        super().__init__(application)
+    def __init__(self, application: str, replica: str) -> None:
+        super().__init__(application, replica)
         self._answers = self._counter("http_requests", "Answers over HTTP", "status")
         self._retries = self._counter("retries", "Requests sent again after a replica was lost")
 
@@ -163,14 +183,17 @@ class IngressMetrics(_Metrics):
         self._retries.inc(1, self._tags)
 
 
-async def read_metrics() -> str:
-    """This application's and Serve's metrics of all nodes, as Prometheus text; a node that does not answer is left out.
+async def read_metrics(application: str) -> str:
+    """An application's metrics, its own and Serve's, of all nodes, as Prometheus text.
 
-    Values are up to 10 seconds old: so often Ray collects them from the processes of a node.
+    A node that does not answer is left out. Values are up to 10 seconds old: so often Ray collects them.
+
+    Args:
+        application: its name in Serve.
     """
     ports = {(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in await asyncio.to_thread(nodes)}
     texts = await asyncio.gather(*(asyncio.to_thread(_scrape, *port) for port in sorted(ports)))
-    return _merge(texts)
+    return await asyncio.to_thread(_merge, texts, application)
 
 
 def _scrape(host: str, port: int) -> str:
@@ -182,18 +205,35 @@ def _scrape(host: str, port: int) -> str:
         return ""
 
 
-def _merge(texts: Sequence[str]) -> str:
-    """Wanted families of several pages on one: each is announced once, with all of its samples after that."""
-    families: dict[str, tuple[list[str], list[str]]] = {}
+def _merge(texts: Sequence[str], application: str) -> str:
+    """What several pages say of an application on one: each family is announced once, and has each series once.
+
+    Where a process has taken another's place, as a proxy of Serve, their series are equal: counts are added up.
+    """
+    heads: dict[str, dict[str, str]] = {}
+    families: dict[str, dict[str, float]] = {}
     for text in texts:
-        name, announced = "", False
+        name = ""
         for line in text.splitlines():
             if line.startswith("# "):
-                found = line.split(" ", 3)[2]
-                if found != name:
-                    name, announced = found, found in families
-                if _FAMILIES.match(line) and not announced:
-                    families.setdefault(name, ([], []))[0].append(line)
-            elif _FAMILIES.match(line):
-                families.setdefault(name, ([], []))[1].append(line)
-    return "".join(f"{line}\n" for head, samples in families.values() for line in (*head, *samples))
+                kind, name = line.split(" ", 3)[1:3]
+                heads.setdefault(name, {}).setdefault(kind, line)
+            elif _FAMILY.fullmatch(name) and (found := _series(line, application)):
+                series, value = found
+                known = families.setdefault(name, {})
+                adds = not heads[name].get("TYPE", "").endswith(" gauge")
+                known[series] = value + (known.get(series, 0.0) if adds else 0.0)
+    lines: list[str] = []
+    for name, known in families.items():
+        lines += [*heads[name].values(), *(f"{series} {value!r}" for series, value in known.items())]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _series(line: str, application: str) -> tuple[str, float] | None:
+    """A sample's series, without the labels that say nothing, and its value; None if it is of something else."""
+    sample = _SAMPLE.fullmatch(line)
+    labels = dict(_LABEL.findall(sample[2])) if sample else {}
+    if not sample or labels.get("application") != application:
+        return None
+    kept = ",".join(f'{name}="{value}"' for name, value in labels.items() if not _DROPPED.fullmatch(name))
+    return f"{sample[1]}{{{kept}}}", float(sample[3])

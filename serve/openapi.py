@@ -198,11 +198,42 @@ class TokenizerInfo(BaseModel):
     model_max_length: int
 
 
+class Percentiles(_Document):
+    """In seconds; null where no request had it."""
+
+    median: float | None
+    p95: float | None
+
+
+class Latency(_Document):
+    """Of the most recent requests that were answered to their end, measured in the replicas."""
+
+    requests: int
+    time_to_first_token_s: Percentiles
+    time_per_output_token_s: Percentiles
+    request_s: Percentiles
+
+
+class Replica(_Document):
+    """One mixture replica: sequences, and the shares of its KV cache that they hold and that is kept for reuse."""
+
+    replica: str
+    running: int
+    waiting: int
+    cache: float
+    cached: float
+    alive: bool
+
+
 class Status(BaseModel):
-    """Everything that the status page shows."""
+    """Everything that the status page shows. ``queue`` counts sequences; ``totals`` are since the replicas started."""
 
     model: Model
     experts: list[Expert]
+    replicas: list[Replica] = []
+    queue: int = 0
+    totals: dict[str, int] = {}
+    latency: Latency | None = None
 
 
 class Health(_Document):

@@ -127,15 +127,21 @@ class BatchRunner:
         """Drop a sequence before the next step."""
         self._manager.cancel_request(id)
 
-    def usage(self) -> tuple[int, int, float]:
-        """Sequences running, sequences waiting, and the share of the cache in use."""
+    def usage(self) -> tuple[int, int, float, float]:
+        """Sequences running, sequences waiting, and the shares of the cache that sequences hold and that is kept.
+
+        What is kept are prefixes of sequences that have ended, for others to begin with; they make room when needed.
+        """
         processor = self._manager.batch_processor
         if processor is None:
-            return 0, 0, 0.0
-        scheduler = processor.scheduler
+            return 0, 0, 0.0, 0.0
+        scheduler, cache = processor.scheduler, processor.cache
         waiting = len(scheduler.waiting_requests) + self._manager.input_queue.qsize()
-        free = processor.cache.compute_free_capacity()
-        return len(scheduler.active_requests), waiting, max(0.0, 1.0 - float(free))
+        allocators = cache.cache_allocators.values()
+        size = cache.num_sectors * cache.bytes_per_sector
+        kept = sum(len(allocator.ledger.cached_blocks) * allocator.bytes_per_block for allocator in allocators)
+        held = max(0.0, size - cache.compute_free_capacity(relative=False) - kept)  # blocks may move while we count
+        return len(scheduler.active_requests), waiting, held / size, kept / size
 
 
 class _Manager(ContinuousBatchingManager):

@@ -74,8 +74,8 @@ class Description:
     """What is served. It stays the same while the service runs."""
 
     mixture_id: str
-    created: int
-    """When the service started, in seconds since 1970."""
+    created: int = 0
+    """When the service started, in seconds since 1970; `serve.ingress.Ingress` finds out."""
     experts: tuple[ExpertInfo, ...]
     """All that are in the mixture, the public one first."""
     parameters: Mapping[str, int]
@@ -116,8 +116,8 @@ class Service(Protocol):
         """Whether a model answers."""
 
     async def status(self) -> dict[str, Any]:
-        """For the status page: "experts" (name -> {"share": weight share so far, "lost": bool}), "replicas", "queue"
-        and "latency", whatever of it is known."""
+        """For the status page: "experts" (name -> {"share": weight share so far, "lost": bool}), and of "replicas",
+        "queue", "totals" and "latency" what is known; see `serve.ingress.summarise`."""
 
     async def metrics(self) -> str:
-        """In Prometheus's text format."""
+        """In Prometheus's text format; a value may be 10 seconds old."""

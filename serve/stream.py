@@ -61,13 +61,11 @@ class EventStream(Response):
 
     Args:
         events: their bytes; closed at the end, however that comes.
-        request_id: to send along.
         deadline: of the event loop's clock; a client that has not read everything by then is left.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], request_id: str, deadline: float) -> None:
-        headers = {"x-request-id": request_id, "x-accel-buffering": "no"}
-        super().__init__(headers=headers, media_type="text/event-stream")
+    def __init__(self, events: AsyncGenerator[bytes, None], deadline: float) -> None:
+        super().__init__(headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events, self._deadline = events, deadline
 

@@ -4,7 +4,7 @@ The set is in the internal key-value store of the cluster's head, one entry per 
 it survives replicas, redeployments and other mixtures under the same name, and ends with `enable` or with the head
 (unless the head itself is made to survive). Every request reads it anew, so what one ingress replica was told holds
 for requests at all of them from the moment it answered. Where the store does not answer in time, the last known set
-holds, and a change fails.
+holds, and a change fails; a replica that knows none yet takes no request, lest a withdrawn expert works again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from flexmore_ray.errors import FlexmoreError
+from serve.service import Unavailable
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,7 +35,7 @@ class Switch:
 
     def __init__(self, application: str) -> None:
         self._prefix = f"{application}/".encode()
-        self._last: frozenset[str] = frozenset()
+        self._last: frozenset[str] | None = None
         self._reading: asyncio.Task[frozenset[str]] | None = None
         self._next: asyncio.Task[frozenset[str]] | None = None
         self._warned = -_SILENT_SECONDS
@@ -43,6 +44,9 @@ class Switch:
         """Names of the experts that are off now.
 
         Callers that come while a read is under way share the next one: what they get is never older than their call.
+
+        Raises:
+            Unavailable: the head does not answer, and never has.
         """
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
@@ -83,6 +87,8 @@ class Switch:
         try:
             keys = await self._client().async_internal_kv_keys(self._prefix, _NAMESPACE, timeout=_SECONDS)
         except Exception as error:  # of Ray's, of several kinds: the head is not reachable
+            if self._last is None:
+                raise Unavailable("the cluster's head does not answer") from error
             now = time.monotonic()
             if now - self._warned > _SILENT_SECONDS:
                 logger.warning("disabled experts: the head does not answer, the last known set holds: %s", error)

@@ -80,8 +80,10 @@ class FakeEngine:
             "running": self._running,
             "waiting": 0,
             "cache": 0.5,
+            "cached": 0.25,
             "totals": {"requests": 1, "prompt_tokens": 3, "completion_tokens": 5, "cached_tokens": 0},
             "shares": {"public": 0.75, "math": 0.25},
+            "recent": [(1.0, 0.01, 0.02, 0.1)],
             "lost": [],
             "alive": self.is_alive,
         }

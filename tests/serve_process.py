@@ -46,7 +46,7 @@ class Server:
 
     def replicas(self, deployment: str) -> dict[int, float]:
         """Processes of a deployment's replicas (ingress, mixture, expert-NAME), and when each started."""
-        named = re.compile(f"ray::.*[:#]{deployment}(#|:|$)")  # Ray's names, at rest and at work
+        named = re.compile(rf"ray::.*[:#]{deployment}([#:.]|$)")  # Ray's names, at rest and at work
         return {pid: start for pid, start, name in self.cluster() if named.match(name)}
 
     def log(self) -> str:

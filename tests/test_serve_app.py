@@ -24,7 +24,7 @@ from serve.__main__ import _check_exposure
 from serve.app import bind, build_app
 from serve.deployment import scale_by_busy_share
 from serve.gate import key_digest
-from serve.ingress import summarise
+from serve.ingress import latency, summarise
 from serve.metrics import _merge
 from serve.settings import Settings, read_keys, read_settings
 from serve.transport import check_port
@@ -87,7 +87,13 @@ def text(seed: int, tokens: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(ray_home: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
+def started() -> float:
+    """When the tests began."""
+    return time.time()
+
+
+@pytest.fixture(scope="module")
+def served(ray_home: None, started: float, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
     """Two applications: one with two ingress replicas and room for little, one that goes down to no replica."""
     from ray import serve
 
@@ -223,6 +229,7 @@ def test_metrics_and_status(main: Client) -> None:
     assert status["replicas"][0]["alive"]
     shares = {card["name"]: card["share"] for card in status["experts"]}
     assert shares["math"] == 0.25
+    assert status["latency"]["request_s"] == {"median": 0.1, "p95": 0.1}
 
     def page() -> str:
         with urllib.request.urlopen(f"{main.base}/metrics", timeout=30) as answer:
@@ -230,9 +237,19 @@ def test_metrics_and_status(main: Client) -> None:
 
     found = wait_for(lambda: "ray_flexmore_serve_generated_tokens" in (p := page()) and p, 30)
     assert "ray_flexmore_serve_running" in found
-    assert "ray_serve_" in found
-    families = {line.split()[2] for line in found.splitlines() if line.startswith("# ")}
-    assert all(name.startswith(("ray_flexmore_", "ray_serve_")) for name in families)
+    assert "ray_serve_deployment_replica_healthy{" in found
+    samples = [line.rpartition(" ")[0] for line in found.splitlines() if not line.startswith("#")]
+    assert all('application="main"' in series and "WorkerId" not in series for series in samples)
+    assert len(samples) == len(set(samples))
+    assert len(found) < 50_000
+
+
+def test_what_an_answer_and_the_model_say_of_themselves(main: Client, started: float) -> None:
+    _, headers, _ = main.complete(1)
+    assert len(headers.get_all("x-request-id")) == 1
+    created = {main.call("/v1/models")[2]["data"][0]["created"] for _ in range(8)}  # of both ingress replicas
+    assert len(created) == 1
+    assert started - 1 <= created.pop() <= time.time()
 
 
 def test_no_key_leaves_the_builder(served: dict[str, Client]) -> None:
@@ -357,22 +374,62 @@ def test_replicas_follow_busy_share() -> None:
 def test_summary_of_replicas() -> None:
     def stats(prompt: int, math: float, lost: list[str]) -> dict[str, Any]:
         totals = {"requests": 1, "prompt_tokens": prompt, "completion_tokens": 0, "cached_tokens": 0}
-        live = {"replica": "a", "running": 1, "waiting": 2, "cache": 0.5, "alive": True}
-        return {**live, "totals": totals, "shares": {"public": 1 - math, "math": math}, "lost": lost}
+        live = {"replica": "a", "running": 1, "waiting": 2, "cache": 0.5, "cached": 0.1, "alive": True}
+        shares = {"public": 1 - math, "math": math}
+        return {**live, "totals": totals, "recent": [(1.0, 0.1, None, 0.2)], "shares": shares, "lost": lost}
 
     found = summarise([stats(30, 0.5, []), stats(10, 0.1, ["math"])])
     assert found["experts"]["math"] == {"share": pytest.approx(0.4), "lost": True}
     assert found["queue"] == 4
     assert found["totals"]["prompt_tokens"] == 40
-    assert summarise([]) == {"experts": {}, "replicas": [], "queue": 0, "totals": {}}
+    assert found["latency"]["requests"] == 2
+    nothing = {"experts": {}, "replicas": [], "queue": 0, "totals": {}, "latency": latency([])}
+    assert summarise([]) == nothing
+
+
+def test_latency_is_of_the_most_recent_requests_of_all_replicas() -> None:
+    slow = [(float(i), 9.0, 9.0, 9.0) for i in range(512)]
+    fast = [(1000.0 + i, i / 100, None if i else 0.5, i / 10) for i in range(412)]
+    found = latency([*fast, *slow])
+    assert found["requests"] == 512
+    assert found["request_s"]["median"] == pytest.approx(15.55)  # 100 of 9 s, and those from 0 to 41.1
+    assert found["time_per_output_token_s"] == {"median": 9.0, "p95": 9.0}
+    unknown = {"median": None, "p95": None}
+    assert latency([(1.0, None, None, 2.0)])["time_to_first_token_s"] == unknown
+    assert latency([]) == {
+        "requests": 0,
+        "time_to_first_token_s": unknown,
+        "time_per_output_token_s": unknown,
+        "request_s": unknown,
+    }
 
 
 def test_metrics_of_several_nodes_on_one_page() -> None:
-    node = (
-        "# HELP ray_flexmore_serve_requests Requests\n# TYPE ray_flexmore_serve_requests counter\n"
-        'ray_flexmore_serve_requests{{node="{0}"}} {0}\n# HELP ray_tasks Tasks\n# TYPE ray_tasks gauge\nray_tasks 3\n'
+    def node(name: str, requests: int) -> str:
+        tags = f'NodeAddress="{name}",Version="2",WorkerId="{name}",application="a"'
+        return (
+            "# HELP ray_flexmore_serve_requests_total Requests\n# TYPE ray_flexmore_serve_requests_total counter\n"
+            f'ray_flexmore_serve_requests_total{{{tags},otel_scope="",x="}} \\",y=\\""}} {requests}\n'
+            "# HELP ray_tasks Tasks\n# TYPE ray_tasks gauge\nray_tasks 3\n"
+        )
+
+    other = node("1", 7).replace('application="a"', 'application="b"')
+    assert _merge([node("1", 1) + other, "", node("2", 2)], "a") == (
+        "# HELP ray_flexmore_serve_requests_total Requests\n# TYPE ray_flexmore_serve_requests_total counter\n"
+        'ray_flexmore_serve_requests_total{NodeAddress="1",application="a",x="} \\",y=\\""} 1.0\n'
+        'ray_flexmore_serve_requests_total{NodeAddress="2",application="a",x="} \\",y=\\""} 2.0\n'
     )
-    assert _merge([node.format(1), node.format(2)]) == (
-        "# HELP ray_flexmore_serve_requests Requests\n# TYPE ray_flexmore_serve_requests counter\n"
-        'ray_flexmore_serve_requests{node="1"} 1\nray_flexmore_serve_requests{node="2"} 2\n'
+
+
+def test_metrics_of_a_process_that_took_anothers_place() -> None:
+    page = (
+        "# TYPE ray_serve_num_http_requests_total counter\n"
+        'ray_serve_num_http_requests_total{WorkerId="1",application="a"} 3.0\n'
+        'ray_serve_num_http_requests_total{WorkerId="2",application="a"} 4.0\n'
+        "# TYPE ray_serve_autoscaling_target_replicas gauge\n"
+        'ray_serve_autoscaling_target_replicas{WorkerId="1",application="a"} 3.0\n'
+        'ray_serve_autoscaling_target_replicas{WorkerId="2",application="a"} 4.0\n'
     )
+    lines = _merge([page], "a").splitlines()
+    assert lines[1] == 'ray_serve_num_http_requests_total{application="a"} 7.0'
+    assert lines[3] == 'ray_serve_autoscaling_target_replicas{application="a"} 4.0'

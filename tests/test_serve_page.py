@@ -23,16 +23,17 @@ import uvicorn
 from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerFast
 
-import serve.metrics
+import serve.http
 from flexmore_ray.mixture import load_tokenizer
 from flexmore_ray.source import open_source
 from serve.gate import key_digest
 from serve.http import Description, HttpSettings, create_app
+from serve.ingress import latency
 from serve.request import Delta, Request, Usage
 from tests.serve_fake import EchoService
 
 PORT = 18500
-PAGE = (Path(serve.metrics.__file__).parent / "page.html").read_text(encoding="utf-8")
+PAGE = (Path(serve.http.__file__).parent / "page.html").read_text(encoding="utf-8")
 EVIL = "<img src=x onerror='hacked=1'>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -48,11 +49,6 @@ FLAGS = [
     "--window-size=1200,900",
     "--remote-debugging-pipe",
 ]
-HISTOGRAM = (
-    'ray_flexmore_serve_request_s_bucket{a="b",le="0.1"} 0\n'
-    'ray_flexmore_serve_request_s_bucket{a="b",le="0.2",otel="x"} 10.0\n'
-    'ray_flexmore_serve_request_s_bucket{a="b",le="+Inf"} 10\n'
-)
 
 
 class PageService(EchoService):
@@ -71,16 +67,14 @@ class PageService(EchoService):
 
     async def status(self) -> dict[str, Any]:
         shares = {"public": 0.5, EVIL: 0.4, "code": 0.1}
-        replica = {"replica": "k2j8", "running": 3, "waiting": 2, "cache": 0.25, "alive": True}
+        replica = {"replica": "k2j8", "running": 3, "waiting": 2, "cache": 0.25, "cached": 0.5, "alive": True}
         return {
             "experts": {name: {"share": share, "lost": name in self.lost} for name, share in shares.items()},
             "replicas": [replica],
             "queue": 2,
             "totals": {"requests": 1234, "completion_tokens": 56789},
+            "latency": latency([(1.0, 0.1, None, 0.15), (2.0, 0.1, None, 0.25)]),
         }
-
-    async def metrics(self) -> str:
-        return HISTOGRAM
 
     async def stream(self, request: Request) -> AsyncGenerator[list[Delta] | Usage, None]:
         async for item in super().stream(request):
@@ -123,15 +117,13 @@ def test_the_page_treats_text_as_text_and_keeps_no_key() -> None:
 
 def test_what_the_page_asks_for_is_there() -> None:
     calls = set(re.findall(r'\bcall\("([A-Z]+)", "([^"]+)"', PAGE))
-    assert calls == {("GET", "status"), ("GET", "metrics"), ("POST", "v1/completions")}
+    assert calls == {("GET", "status"), ("POST", "v1/completions")}
     assert len(calls) == PAGE.count(" call(") - PAGE.count("function call(")
     paths = TestClient(application(PageService())).get("/openapi.json").json()["paths"]
     for method, path in calls:
         assert method.lower() in paths[f"/{path}"]
     (latencies,) = re.findall(r"const LATENCIES = \[(.*?)\];", PAGE, re.DOTALL)
-    families = re.findall(r'\["(\w+)"', latencies)
-    assert len(families) == 3
-    assert all(f"flexmore_serve_{family} " in str(serve.metrics.__doc__) for family in families)
+    assert {"requests", *re.findall(r'\["(\w+)"', latencies)} == set(latency([]))
 
 
 def test_the_script_finds_what_it_looks_for() -> None:
@@ -268,7 +260,9 @@ def test_people_see_the_mixture_and_get_an_answer(tmp_path: Path) -> None:
         assert browser.run(text("total-note")) == "0.33 of full, 3.00K"
         assert browser.run(text("queue")) == "2"
         assert "k2j8" in browser.run(text("replica-rows"))
-        browser.wait(f"{text('latency-rows')}.includes('150 ms')")  # the middle of its bucket
+        cells = browser.run("[...document.querySelectorAll('#latency-rows td')].map((cell) => cell.innerText)")
+        assert cells == ["100 ms", "100 ms", "\N{EN DASH}", "\N{EN DASH}", "200 ms", "245 ms"]
+        assert "last 2 requests" in browser.run(text("latency-note"))
 
         ask(browser, EVIL, max_tokens=len(EVIL))
         assert browser.wait(IDLE) == "Done: max tokens reached. Without code, now lost."

@@ -59,7 +59,7 @@ def _nano(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def _wide(folder: Path) -> tuple[Path, dict[str, Any]]:
     sizes = WIDE | {"num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 512}
-    write(random_model(7, 4, **sizes), folder, architectures=["FlexOlmoForCausalLM"], dtype="float32")
+    write(random_model(7, 4, **sizes), folder, architectures=["FlexOlmoForCausalLM"])
     for file in NANO.glob("tokenizer*"):
         shutil.copy(file, folder)
     _without_end(folder)
