@@ -22,6 +22,8 @@ from transformers import AttentionInterface
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 NAME = "flexmore_varlen"
+MAX_PADDING = 2.0
+"""Sequences that get one token make one group if padding all of them to one length makes no more keys than so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Segments:
                 mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=read.device)
                 parts.append(Part(here, read[key : key + num_keys], mask.tril(num_keys - num_queries)))
             query, key = query + num_queries, key + num_keys
+        everyone = [member for members in singles.values() for member in members]
+        lengths = [length for _, _, length in everyone]
+        if len(everyone) * max(lengths, default=0) <= MAX_PADDING * sum(lengths):
+            singles = {0: everyone} if everyone else {}
         return cls([_group(members, read) for members in singles.values()], parts)
 
 
