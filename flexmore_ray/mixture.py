@@ -34,7 +34,7 @@ from flexmore_ray.modeling import (
     FlexMoreForCausalLM,
     FlexMoreRemoteExpert,
 )
-from flexmore_ray.source import Source, open_source
+from flexmore_ray.source import Guest, Source, open_source
 from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape, suggest
 from flexmore_ray.spectra import Factors
 from flexmore_ray.store import FactorSource, open_store, parse_device
@@ -143,8 +143,7 @@ class Parts:
     @property
     def weights(self) -> str:
         """Hash of what all experts of the source are corrections of: the shared tensors and the public expert."""
-        content = [self.source.shared_digest, self.source.expert_digest(self.source.experts[0])]
-        return hashlib.sha256("".join(content).encode()).hexdigest()[:16]
+        return self.source.base_digest[:16]
 
     @property
     def uses_factors(self) -> bool:
@@ -159,6 +158,7 @@ def open_mixture(
     *,
     source: Source | None = None,
     factors: FactorSource | None = None,
+    guests: Mapping[str, Guest] | None = None,
     verify: bool = True,
 ) -> Parts:
     """Find what a mixture is made of, and check its rank assignment.
@@ -168,6 +168,7 @@ def open_mixture(
         experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
         source: the experts, where they are open already; None opens what the spec names.
         factors: where to take factors from; None means the spec's store, else the cache.
+        guests: experts whose matrices stay with their owners; see `open_source`.
         verify: whether to check, by hashing the weights, that the spec's store was made from them.
 
     Raises:
@@ -178,19 +179,20 @@ def open_mixture(
     spec = read_spec(mixture, experts)
     store = open_store(Path(spec.store)) if spec.store else None
     if source is None and spec.source:
-        source = open_source(spec.source, spec.experts)
+        source = open_source(spec.source, spec.experts, guests)
     elif source is None:
         assert store is not None
-        source = open_source(store.sources, spec.experts or store.experts)
+        source = open_source(store.sources, spec.experts or store.experts, guests)
+    here = source.without(guests) if guests else source
     if store is not None and verify:
-        store.check_source(source)
+        store.check_source(here)
     spec = dataclasses.replace(
         spec,
         source=tuple(source.describe()) if spec.source else (),
         store=str(Path(spec.store).resolve()) if spec.store else None,
     )
     assignment = _assign(spec, source)
-    return Parts(spec, source, factors or store or CachedFactors(source, assignment.highest_rank), assignment)
+    return Parts(spec, source, factors or store or CachedFactors(here, assignment.highest_rank), assignment)
 
 
 def _assign(spec: MixtureSpec, source: Source) -> Assignment:

@@ -6,10 +6,12 @@ opens them as one `Source`, checking bit for bit what its parts must share.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,31 @@ from flexmore_ray.checkpoint import (
     shared_tensors,
 )
 from flexmore_ray.errors import CheckpointError, UsageError
-from flexmore_ray.spec import PROJECTIONS, MatrixKey, check_names
+from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape, check_names
 from flexmore_ray.spectra import Factors, decompose_factors
 from flexmore_ray.zoo import zoo_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-Slot = tuple[Checkpoint, int] | Adapter
-"""Where an expert lives: a checkpoint and its index there, or an adapter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Guest:
+    """What a mixture is told of an expert whose matrices stay with its owner; see `Source.guest`."""
+
+    shape: ModelShape
+    """The sizes of its model."""
+    base: str
+    """`Source.base_digest` where it lives."""
+    digest: str
+    """`Source.expert_digest` of it."""
+    rows: tuple[Tensor, ...]
+    """Its router row (hidden,) in each layer."""
+    born_ranks: Mapping[MatrixKey, int]
+    """As in `Source.born_ranks`."""
+
+
+Slot = tuple[Checkpoint, int] | Adapter | Guest
+"""Where an expert lives: a checkpoint and its index there, an adapter, or with its owner."""
 
 
 class Source:
@@ -69,7 +89,8 @@ class Source:
     @functools.cached_property
     def widest_dtype(self) -> torch.dtype:
         """The dtype that holds every tensor of every part without loss; from the headers alone."""
-        folders = [self.trunk, *(s if isinstance(s, Adapter) else s[0] for s in self._slots.values())]
+        here = (slot for slot in self._slots.values() if not isinstance(slot, Guest))
+        folders = [self.trunk, *(s if isinstance(s, Adapter) else s[0] for s in here)]
         found = {folder.tensors.dtype(name) for folder in folders for name in folder.tensors.names()}
         return functools.reduce(torch.promote_types, found)
 
@@ -83,7 +104,7 @@ class Source:
 
     def weight(self, key: MatrixKey) -> Tensor:
         """Dense matrix (out, in) in its stored dtype."""
-        slot = self._slot(key.expert)
+        slot = self._held(key.expert)
         if isinstance(slot, Adapter):
             base = self.weight(key._replace(expert=self.experts[0]))
             return (base.float() + slot.factors(key.layer, key.projection).dense()).to(base.dtype)
@@ -101,7 +122,7 @@ class Source:
         return decompose_factors(factors.a, factors.bt).factors
 
     def _own_factors(self, key: MatrixKey) -> Factors | None:
-        slot = self._slot(key.expert)
+        slot = self._held(key.expert)
         if isinstance(slot, Adapter):
             return slot.factors(key.layer, key.projection)
         checkpoint, index = slot
@@ -110,9 +131,12 @@ class Source:
     @functools.cached_property
     def born_ranks(self) -> dict[MatrixKey, int]:
         """Own ranks of the matrices that were low-rank from the start."""
-        out = {}
+        out: dict[MatrixKey, int] = {}
         for expert in self.experts[1:]:
             slot = self._slot(expert)
+            if isinstance(slot, Guest):
+                out |= slot.born_ranks
+                continue
             for key in self.shape.keys(expert):
                 if isinstance(slot, Adapter):
                     rank: int | None = slot.rank(key.layer, key.projection)
@@ -129,6 +153,8 @@ class Source:
             CheckpointError: the expert is an adapter that came without one.
         """
         slot = self._slot(expert)
+        if isinstance(slot, Guest):
+            return slot.rows[layer]
         if not isinstance(slot, Adapter):
             return slot[0].router(layer)[slot[1]]
         row = slot.router_row(layer)
@@ -162,13 +188,39 @@ class Source:
         """SHA-256 of all shared tensors."""
         return digest(self.shared(name) for name in shared_tensors(self.shape))
 
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of what all experts are corrections of: the shared tensors and the public expert."""
+        content = [self.shared_digest, self.expert_digest(self.experts[0])]
+        return hashlib.sha256("".join(content).encode()).hexdigest()
+
     def expert_digest(self, name: str) -> str:
         """SHA-256 of one expert: its matrices and router rows."""
+        slot = self._slot(name)
+        if isinstance(slot, Guest):
+            return slot.digest
         if name not in self._expert_digests:
             rows = digest(self.router_row(name, layer) for layer in range(self.shape.num_layers))
             matrices = [self.digest(key) for key in self.shape.keys(name)]
             self._expert_digests[name] = hashlib.sha256("".join([rows, *matrices]).encode()).hexdigest()
         return self._expert_digests[name]
+
+    def guest(self, name: str) -> Guest:
+        """What a mixture elsewhere needs of an expert whose matrices do not leave; reads (and hashes) it."""
+        return Guest(
+            shape=self.shape,
+            base=self.base_digest,
+            digest=self.expert_digest(name),
+            rows=tuple(self.router_row(name, layer).clone() for layer in range(self.shape.num_layers)),
+            born_ranks={key: rank for key, rank in self.born_ranks.items() if key.expert == name},
+        )
+
+    def without(self, names: Collection[str]) -> Source:
+        """The same source without some of its domain experts."""
+        slots = {name: slot for name, slot in self._slots.items() if name not in names}
+        rest = Source(self.trunk, slots, [text for text in self._origin if text.partition("=")[0] not in names])
+        rest._digests, rest._expert_digests = self._digests, self._expert_digests
+        return rest
 
     def check(self) -> Iterator[str]:
         """Read every tensor once, checking that it is finite; yields the name of each part done.
@@ -191,6 +243,12 @@ class Source:
     def _slot(self, expert: str) -> Slot:
         return self._slots[expert]
 
+    def _held(self, expert: str) -> tuple[Checkpoint, int] | Adapter:
+        slot = self._slot(expert)
+        if isinstance(slot, Guest):
+            raise CheckpointError(f"expert {expert}: its matrices stay with its owner and cannot be read here")
+        return slot
+
 
 class _EqualRows(Source):
     """A source in which an expert without a router row has the public expert's, so that both weigh the same."""
@@ -204,13 +262,16 @@ def with_missing_rows(source: Source) -> Source:
     return _EqualRows(source.trunk, source._slots, source.describe())
 
 
-def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> Source:
+def open_source(
+    sources: Sequence[str], names: Sequence[str] | None = None, guests: Mapping[str, Guest] | None = None
+) -> Source:
     """Open one or more SOURCE strings as one set of named experts.
 
     Args:
         sources: a folder, ``zoo://nano``, a hub id, or ``name=FOLDER`` repeated (two-expert
             checkpoints that share all but their own expert, or PEFT adapters).
         names: names for the experts of an N-expert checkpoint; None means its own.
+        guests: by name, experts whose ``name=FOLDER`` is not opened, as it is on their owner's nodes; None means none.
 
     Raises:
         UsageError: the strings do not make sense together.
@@ -218,7 +279,8 @@ def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> S
     """
     if names is not None:
         check_names(names, where="--experts")
-    parts = [_split_source(text) for text in sources]
+    guests = guests or {}
+    parts = [_split_source(text, guests) for text in sources]
     plain = [(text, path) for text, (name, path) in zip(sources, parts, strict=True) if name is None]
     named = [(name, path) for name, path in parts if name is not None]
     if len(plain) > 1 or not parts:
@@ -228,7 +290,7 @@ def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> S
         trunk = Checkpoint(plain[0][1])
         for index, name in enumerate(_names_of(trunk, names)):
             slots[name] = (trunk, index)
-    opened = [(name, _open_expert(path)) for name, path in named]
+    opened = [(name, guests.get(name) or _open_expert(path)) for name, path in named]
     if names is not None and not plain and (len(names) != 1 + len(named) or list(names[1:]) != [n for n, _ in named]):
         raise UsageError(
             f"--experts: the sources hold a public expert, {', '.join(n for n, _ in named)}; got {', '.join(names)}"
@@ -241,10 +303,26 @@ def open_source(sources: Sequence[str], names: Sequence[str] | None = None) -> S
         if isinstance(expert, Adapter):
             expert.check(trunk.shape)
             slots[name] = expert
+        elif isinstance(expert, Guest):
+            slots[name] = expert
         else:
             _check_pair(name, expert, trunk)
             slots[name] = (expert, 1)
-    return Source(trunk, slots, [_absolute(text) for text in sources])
+    source = Source(trunk, slots, [_absolute(text, guests) for text in sources])
+    for name, guest in guests.items():
+        if guest.shape != trunk.shape or guest.base != source.base_digest:
+            raise CheckpointError(
+                f"expert {name}: trained from another public model than {trunk.folder}; shared tensors and public "
+                "expert must be the same bit for bit"
+            )
+    return source
+
+
+def absent_experts(sources: Sequence[str], names: Collection[str]) -> list[str]:
+    """Those of `names` whose ``name=FOLDER`` has an absolute folder that is missing or not readable here."""
+    parts = (text.partition("=") for text in sources)
+    folders = {name: Path(path).expanduser() for name, _, path in parts if name in names}
+    return [name for name, path in folders.items() if path.is_absolute() and not os.access(path, os.R_OK | os.X_OK)]
 
 
 def resolve_folder(text: str) -> Path:
@@ -276,17 +354,19 @@ def _download(repo: str) -> Path:
         ) from error
 
 
-def _split_source(text: str) -> tuple[str | None, Path]:
+def _split_source(text: str, guests: Collection[str] = ()) -> tuple[str | None, Path]:
     name, equals, path = text.partition("=")
+    if equals and name in guests:
+        return name, Path(path)
     if not equals or "/" in name or Path(text).exists():
         return None, resolve_folder(text)
     check_names([name], where=f"source {text}")
     return name, resolve_folder(path)
 
 
-def _absolute(text: str) -> str:
-    name, path = _split_source(text)
-    if text.rpartition("=")[2].startswith("zoo://"):
+def _absolute(text: str, guests: Collection[str]) -> str:
+    name, path = _split_source(text, guests)
+    if name in guests or text.rpartition("=")[2].startswith("zoo://"):
         return text
     return str(path.resolve()) if name is None else f"{name}={path.resolve()}"
 
@@ -311,11 +391,11 @@ def _open_expert(folder: Path) -> Checkpoint | Adapter:
     return checkpoint
 
 
-def _first_checkpoint(opened: Sequence[tuple[str, Checkpoint | Adapter]]) -> Checkpoint:
+def _first_checkpoint(opened: Sequence[tuple[str, Checkpoint | Adapter | Guest]]) -> Checkpoint:
     for _, expert in opened:
         if isinstance(expert, Checkpoint):
             return expert
-    raise UsageError("source: adapters alone have no public expert; add a checkpoint that holds it")
+    raise UsageError("source: adapters alone have no public expert; add a checkpoint here that holds it")
 
 
 def _check_pair(name: str, pair: Checkpoint, trunk: Checkpoint) -> None:

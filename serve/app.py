@@ -10,16 +10,21 @@ import dataclasses
 import warnings
 from typing import Any, cast
 
+import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 from transformers import PreTrainedTokenizerFast
 
-from flexmore_ray.errors import UsageError
-from flexmore_ray.mixture import Parts, load_tokenizer, open_mixture
-from flexmore_ray.placement import Needs
+from flexmore_ray.errors import FlexmoreError, UsageError
+from flexmore_ray.mixture import Parts, load_tokenizer
+from flexmore_ray.placement import Needs, check_room
+from flexmore_ray.runtime import cluster, nodes, on_running_cluster
+from flexmore_ray.source import Guest, absent_experts
 from flexmore_ray.spec import FULL, MixtureSpec
 from serve.deployment import LEASE_LIFETIME_SECONDS, ExpertReplica, MakeEngine, MixtureReplica, load_engine
+from serve.expert import given_sources, introduce, open_shared
 from serve.gate import key_digest
 from serve.ingress import Front, Ingress
 from serve.service import Description, ExpertInfo, HttpSettings
@@ -31,6 +36,7 @@ REPORT_SECONDS = 1.0  # between two reports of it; Serve's own 10 would also del
 RETRY_AFTER_SECONDS = 1.0
 _INGRESS_REQUESTS = 4096  # connections of an ingress replica; what the mixture does not take, the replica tells 429
 _LEASES = 1000  # of one replica of an expert
+_OWNER_SECONDS = 300.0  # for the nodes of owners to have a process free, and to read their experts once
 
 
 def build_app(args: Settings) -> serve.Application:
@@ -66,7 +72,9 @@ def bind(
     Raises:
         FlexmoreError: the mixture cannot be made, or a setting breaks its rule.
     """
-    parts = open_mixture(settings.spec())
+    given = settings.spec()
+    guests = ask_owners(given)
+    parts = open_shared(given, guests, verify=True)
     prepare(parts)
     spec = dataclasses.replace(parts.spec, mixture_id=parts.identified().mixture_id)
     http = HttpSettings(
@@ -86,11 +94,11 @@ def bind(
         scales_to_zero=settings.min_replicas == 0,
     )
     own = {
-        name: _deployment(ExpertReplica, _expert_options(name, need, settings), spec, settings, name)
+        name: _deployment(ExpertReplica, _expert_options(name, need, settings), spec, settings, name, guests.get(name))
         for name, need in needs(settings, spec).items()
         if name in spec.own
     }
-    mixture = _deployment(MixtureReplica, _mixture_options(settings), spec, settings, own, make_engine)
+    mixture = _deployment(MixtureReplica, _mixture_options(settings), spec, settings, own, guests, make_engine)
     return _deployment(serve.ingress()(Ingress), _ingress_options(settings), front, mixture)
 
 
@@ -109,10 +117,44 @@ def needs(settings: Settings, spec: MixtureSpec) -> dict[str, Needs]:
     }
 
 
+def ask_owners(spec: MixtureSpec) -> dict[str, Guest]:
+    """Of experts pinned to nodes whose folder is not here: what these nodes find there; see `serve.expert`.
+
+    Raises:
+        FlexmoreError: there is no cluster to ask, it has no such node, that node cannot open the folder, or it does
+            not answer within 5 minutes.
+    """
+    absent = absent_experts(given_sources(spec), [name for name, pin in spec.own.items() if pin])
+    if not absent:
+        return {}
+    if not (ray.is_initialized() or on_running_cluster()):
+        raise UsageError(f"{absent[0]}: its folder is not here, and RAY_ADDRESS names no cluster whose nodes have it")
+    with cluster():
+        pins = {name: Needs(pin=spec.own[name]) for name in absent}
+        check_room(pins, nodes())
+        ask = ray.remote(introduce)
+        tasks = {name: ask.options(**pin.options()).remote(spec, name) for name, pin in pins.items()}
+        guests: dict[str, Guest] = {}
+        for name, task in tasks.items():
+            try:
+                told = ray.get(task, timeout=_OWNER_SECONDS)
+            except RayError as error:  # a time-out too
+                reason = str(error).strip().rpartition("\n")[2][:200]
+                raise FlexmoreError(f"{name}: the nodes of its owner do not tell of it ({reason})") from error
+            if isinstance(told, FlexmoreError):
+                raise FlexmoreError(f"{name}: on the nodes of its owner, {told}")
+            guests[name] = told
+    return guests
+
+
 def prepare(parts: Parts) -> None:
-    """Decompose the source now, where ranks need it and no store has it; replicas then find the result."""
-    born = parts.source.born_ranks
-    cut = (key for key in parts.matrix_keys() if parts.assignment.rank(key) not in (FULL, born.get(key)))
+    """Decompose the source now, where ranks need it and no store has it; replicas then find the result.
+
+    Experts placed on their own are left to their own replicas.
+    """
+    born, own = parts.source.born_ranks, parts.spec.own
+    keys = (key for key in parts.matrix_keys() if key.expert not in own)
+    cut = (key for key in keys if parts.assignment.rank(key) not in (FULL, born.get(key)))
     if (key := next(cut, None)) is not None:
         parts.piece(key)
 
@@ -122,7 +164,6 @@ def describe(parts: Parts, mixture_id: str) -> Description:
     count, spec = parts.count(), parts.spec
     return Description(
         mixture_id=mixture_id,
-        created=int((parts.source.trunk.folder / "config.json").stat().st_mtime),
         experts=tuple(
             ExpertInfo(
                 name=name,

@@ -25,11 +25,12 @@ from ray.serve.handle import DeploymentHandle
 
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.evaluate import use_few_threads
-from flexmore_ray.mixture import Parts, load_mixture, open_mixture, parse_dtype
+from flexmore_ray.mixture import Mixture, Parts, parse_dtype
+from flexmore_ray.source import Guest
 from flexmore_ray.spec import MixtureSpec
 from flexmore_ray.store import parse_device
 from serve.engine import Engine, Limits
-from serve.expert import load_expert
+from serve.expert import load_expert, open_expert, open_shared
 from serve.job import Observer
 from serve.metrics import EngineMetrics, ExpertMetrics
 from serve.remote import ExpertServer, RemoteExpert
@@ -71,14 +72,12 @@ class EngineLike(Protocol):
         """A snapshot."""
 
 
-MakeEngine = Callable[[MixtureSpec, Settings, Mapping[str, RemoteExpert], Observer], EngineLike]
+MakeEngine = Callable[[Parts, Settings, Mapping[str, RemoteExpert], Observer], EngineLike]
 
 
-def load_engine(
-    spec: MixtureSpec, settings: Settings, remote: Mapping[str, RemoteExpert], observer: Observer
-) -> Engine:
+def load_engine(parts: Parts, settings: Settings, remote: Mapping[str, RemoteExpert], observer: Observer) -> Engine:
     """The engine of a mixture, with its weights loaded; experts in `remote` are left out of memory."""
-    mixture = load_mixture(spec, device=settings.device, dtype=settings.dtype, remote=remote)
+    mixture = Mixture(parts, parse_device(settings.device), compute_dtype(parts, settings), remote=remote)
     use_few_threads(mixture.shape.hidden_size)
     limits = Limits(
         sequences=settings.max_ongoing_requests,
@@ -97,6 +96,7 @@ class MixtureReplica:
         spec: the mixture.
         settings: of the application.
         own: by name, the deployment of each expert placed on its own.
+        guests: by name, what is known of those of them whose folder is on their owner's nodes.
         make_engine: what answers requests.
     """
 
@@ -105,6 +105,7 @@ class MixtureReplica:
         spec: MixtureSpec,
         settings: Settings,
         own: Mapping[str, DeploymentHandle],
+        guests: Mapping[str, Guest],
         make_engine: MakeEngine = load_engine,
     ) -> None:
         keep_to_loopback()
@@ -118,8 +119,9 @@ class MixtureReplica:
         self._ongoing = self._streams = 0
         self._last = time.monotonic()
         leases = {name: by_value(handle, "lease", stream=True) for name, handle in own.items()}
-        self._remote = await asyncio.to_thread(self._link, spec, settings, leases) if own else {}
-        self._engine = await asyncio.to_thread(make_engine, spec, settings, self._remote, self._metrics)
+        parts = await asyncio.to_thread(open_shared, spec, guests, verify=False)
+        self._remote = self._link(parts, settings, leases)
+        self._engine = await asyncio.to_thread(make_engine, parts, settings, self._remote, self._metrics)
         self._engine.start()
         self._awake: asyncio.Task[None] | None = self._loop.create_task(self._hold())
         self._ticker = self._loop.create_task(self._tick())
@@ -200,9 +202,8 @@ class MixtureReplica:
     # ---- experts placed on their own
 
     def _link(
-        self, spec: MixtureSpec, settings: Settings, handles: Mapping[str, DeploymentHandle]
+        self, parts: Parts, settings: Settings, handles: Mapping[str, DeploymentHandle]
     ) -> dict[str, RemoteExpert]:
-        parts = open_mixture(spec)
         return {
             name: RemoteExpert(
                 name,
@@ -256,12 +257,15 @@ class ExpertReplica:
         spec: the mixture.
         settings: of the application.
         name: of the expert.
+        guest: what the mixture was told of it; None where every node reads its folder.
     """
 
-    async def __init__(self, spec: MixtureSpec, settings: Settings, name: str) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, spec: MixtureSpec, settings: Settings, name: str, guest: Guest | None = None
+    ) -> None:
         keep_to_loopback()
         context = serve.get_replica_context()
-        self._server = await asyncio.to_thread(_serve_expert, spec, settings, name)
+        self._server = await asyncio.to_thread(_serve_expert, spec, settings, name, guest)
         self._metrics = ExpertMetrics(context.app_name, context.replica_id.unique_id, name)
         self._before = (time.monotonic(), 0.0)
 
@@ -285,8 +289,8 @@ class ExpertReplica:
         await asyncio.to_thread(self._server.close)
 
 
-def _serve_expert(spec: MixtureSpec, settings: Settings, name: str) -> ExpertServer:
-    parts = open_mixture(spec)
+def _serve_expert(spec: MixtureSpec, settings: Settings, name: str, guest: Guest | None) -> ExpertServer:
+    parts = open_expert(spec, name, guest)
     use_few_threads(parts.source.shape.hidden_size)
     expert = load_expert(parts, name, device=settings.device, dtype=compute_dtype(parts, settings))
     return ExpertServer(expert, ray.util.get_node_ip_address())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import psutil
 import pytest
@@ -107,6 +112,55 @@ def test_without_an_expert_as_if_it_had_never_been_merged(
             admin.post(f"/admin/experts/{name}/enable", cast_to=object)
     again = client.completions.create(**body)
     assert [choice.text for choice in again.choices] == [greedy(mixture, text) for text in TEXTS]
+
+
+def test_a_thousand_clients_at_once_are_served_or_told_to_come_again(server: Server) -> None:
+    async def ask(session: aiohttp.ClientSession, i: int) -> tuple[int, bool]:
+        body = {"model": "winner", "prompt": f"{i}+1=", "max_tokens": 8}
+        async with session.post(f"{server.url}/v1/completions", json=body) as answer:
+            await answer.read()
+            return answer.status, "retry-after" in answer.headers
+
+    async def ask_all() -> list[tuple[int, bool]]:
+        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(180)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            return await asyncio.gather(*(ask(session, i) for i in range(1000)))
+
+    before = memory(server)
+    outcomes = collections.Counter(asyncio.run(ask_all()))
+    assert set(outcomes) <= {(200, False), (429, True)}, outcomes
+    assert outcomes[200, False] >= 64
+    wait_until_idle(server)
+    assert memory(server) - before < 400 * 2**20
+
+
+def test_the_engine_drops_what_nobody_waits_for(server: Server) -> None:
+    async def leave() -> None:
+        body = {"model": "winner", "prompt": "The", "max_tokens": 400, "temperature": 1.0, "stream": True}
+        async with aiohttp.ClientSession() as session:
+            for stream in (True, False):
+                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                    timeout = aiohttp.ClientTimeout(0.5)
+                    url, content = f"{server.url}/v1/completions", body | {"stream": stream, "n": 8}
+                    async with session.post(url, json=content, timeout=timeout) as answer:
+                        await answer.read()
+
+    asyncio.run(leave())
+    wait_until_idle(server)
+
+
+def memory(server: Server) -> int:
+    """Bytes that the service's replicas hold."""
+    pids = [pid for deployment in ("ingress", "mixture") for pid in server.replicas(deployment)]
+    return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+
+
+def wait_until_idle(server: Server) -> None:
+    """Wait until no sequence runs or waits."""
+    deadline = time.monotonic() + 30
+    while any(replica["running"] or replica["waiting"] for replica in server.get("/status")["replicas"]):
+        assert time.monotonic() < deadline, server.get("/status")
+        time.sleep(0.2)
 
 
 def test_lm_eval_over_http_scores_as_flexmore_eval(server: Server, folder: Path) -> None:
