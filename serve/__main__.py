@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import io
 import ipaddress
-import os
 import signal
 import sys
 import threading
@@ -63,13 +62,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from serve.app import bind
     from serve.gate import key_digest
-    from serve.settings import read_keys, read_settings
+    from serve.settings import check_key, environment_key, read_keys, read_settings
     from serve.transport import check_port
 
     settings = read_settings(_given(args))
     keys = read_keys(settings.api_key_file, where="--api-key-file")
-    if single := args.api_key or os.environ.get("FLEXMORE_API_KEY"):
-        keys = (*keys, single)
+    keys += environment_key()
+    if args.api_key:
+        keys = (*keys, check_key(args.api_key, where="--api-key"))
     admin_keys = read_keys(settings.admin_key_file, where="--admin-key-file")
     _check_exposure(args.host, bool(keys))
     check_port(args.host, args.port)
@@ -97,6 +97,7 @@ def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[s
     """
     from ray import serve
 
+    from flexmore_ray.errors import FlexmoreError
     from flexmore_ray.placement import check_room
     from flexmore_ray.runtime import cluster, nodes, on_running_cluster
     from serve.app import needs
@@ -109,7 +110,10 @@ def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[s
         try:
             with _quiet():
                 serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-                serve.run(application, name=APPLICATION, route_prefix="/")
+                try:
+                    serve.run(application, name=APPLICATION, route_prefix="/")
+                except RuntimeError as error:
+                    raise FlexmoreError(f"the service did not start: {_reason() or error}") from error
             url = f"http://{_for_url(host)}:{port}"
             _wait_until_ready(url)
             yield url
@@ -117,6 +121,16 @@ def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[s
             last.enter_context(contextlib.redirect_stdout(io.StringIO()))  # where Ray tells that Serve has ended
             last.enter_context(_quiet())
             _stop()
+
+
+def _reason() -> str | None:
+    """The last line of why a deployment did not start; None if nothing is known."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    messages = [deployment.message for deployment in (application.deployments if application else {}).values()]
+    lines = [line.strip() for message in messages for line in message.splitlines() if "Error: " in line]
+    return lines[-1][:500] if lines else None
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from serve.expert import given_sources, introduce, open_shared
 from serve.gate import key_digest
 from serve.ingress import Front, Ingress
 from serve.service import Description, ExpertInfo, HttpSettings
-from serve.settings import Settings, read_keys
+from serve.settings import Settings, environment_key, read_keys
 from serve.transport import replica_environment
 
 LOOK_BACK_SECONDS = 5.0  # over which Serve averages the load
@@ -49,7 +49,7 @@ def build_app(args: Settings) -> serve.Application:
     """
     return bind(
         args,
-        api_keys=tuple(map(key_digest, read_keys(args.api_key_file, where="api_key_file"))),
+        api_keys=tuple(map(key_digest, (*read_keys(args.api_key_file, where="api_key_file"), *environment_key()))),
         admin_keys=tuple(map(key_digest, read_keys(args.admin_key_file, where="admin_key_file"))),
     )
 

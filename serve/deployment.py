@@ -34,7 +34,7 @@ from serve.expert import load_expert, open_expert, open_shared
 from serve.job import Observer
 from serve.metrics import EngineMetrics, ExpertMetrics
 from serve.remote import ExpertServer, RemoteExpert
-from serve.request import Delta, Request, Usage
+from serve.request import Delta, EngineFailed, Request, Usage
 from serve.settings import Settings
 from serve.transport import EngineStopped, by_value, keep_to_loopback
 from serve.wire import Lease
@@ -135,6 +135,8 @@ class MixtureReplica:
         try:
             async with self._work():
                 return await self._engine.generate(request)
+        except EngineFailed as error:
+            raise EngineStopped(str(error)) from None
         except FlexmoreError as error:
             return error
 
@@ -153,6 +155,8 @@ class MixtureReplica:
                     left -= 0 if isinstance(item, Usage) else sum(delta.finish_reason is not None for delta in item)
                     if left and self._streams > 1:  # with more streams each waits longer, and gets more at a time
                         await asyncio.sleep(self._streams / ITEMS_PER_SECOND)
+        except EngineFailed as error:
+            raise EngineStopped(str(error)) from None
         except FlexmoreError as error:
             yield error
         finally:

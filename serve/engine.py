@@ -24,12 +24,14 @@ from torch import Tensor
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.mixture import Mixture
 from flexmore_ray.modeling import ExpertLink, FlexMoreForCausalLM, Routing
-from serve.job import RECENT, EndedRequest, Job, Observer, Outcome, SequenceState
-from serve.request import Delta, ExpertLost, FinishReason, QueueFull, Request, TokenLogprob, Usage
+from serve.job import RECENT, EndedRequest, Job, Observer, Outcome, Rows, SequenceState
+from serve.request import Delta, EngineFailed, ExpertLost, FinishReason, QueueFull, Request, TokenLogprob, Usage
 from serve.runner import BatchRunner, CacheSize, Slice
 from serve.sampling import choose, logprobs
 
 CPU_PAGE, CPU_CACHE_TOKENS = 16, 32768
+ALIVE_SECONDS = 10.0
+"""Without news for so long, a request looks whether the engine still steps."""
 ATTEMPTS = 3
 """Times that a step is made again before it does without all experts that compute elsewhere."""
 OnLost = Literal["continue", "refuse"]
@@ -98,7 +100,8 @@ class Engine:
         self._sequences: dict[str, SequenceState] = {}
         self._salts: dict[frozenset[int], int] = {}
         self._present = self._available()
-        self._plan: list[_Rows] = []
+        self._plan: list[Rows] = []
+        self._has_failed = False
         self._totals: collections.Counter[str] = collections.Counter()
         self._recent: collections.deque[tuple[float | None, ...]] = collections.deque(maxlen=RECENT)
         self._expert_weights = np.zeros(len(self.experts))
@@ -141,7 +144,7 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         """Whether the thread steps; False after an error that it cannot go on from."""
-        return self._runner.is_alive
+        return self._runner.is_alive and not self._has_failed
 
     async def generate(self, request: Request) -> tuple[list[Delta], Usage]:
         """Answer a request: one piece per sequence, in order, each with all of its sequence.
@@ -150,13 +153,12 @@ class Engine:
             QueueFull: too many sequences wait already.
             ExpertLost: an expert that the request needs is not there, and the policy is to refuse.
             UsageError: a prompt is too long, or names what the mixture does not have.
-            FlexmoreError: the engine failed.
+            EngineFailed: the engine failed; another one may answer.
         """
         job = self._admit(request, streams=False)
         try:
             while not job.is_over:
-                await job.news.wait()
-                job.news.clear()
+                await self._news(job)
             return self._take(job), self._usage(job)
         finally:
             self._release(job)
@@ -165,13 +167,12 @@ class Engine:
         """The same piece by piece: each item has all that is new; the last is the usage.
 
         Raises:
-            QueueFull, ExpertLost, UsageError, FlexmoreError: see `generate`.
+            QueueFull, ExpertLost, UsageError, EngineFailed: see `generate`.
         """
         job = self._admit(request, streams=True)
         try:
             while not job.is_over:
-                await job.news.wait()
-                job.news.clear()
+                await self._news(job)
                 if deltas := self._take(job):
                     yield deltas
             yield self._usage(job)
@@ -202,7 +203,7 @@ class Engine:
     def _admit(self, request: Request, *, streams: bool) -> Job:
         self._loop = asyncio.get_running_loop()
         if not self.is_alive:
-            raise FlexmoreError("the engine has stopped")
+            raise EngineFailed("the engine has stopped")
         job = Job(request, self._allowed(request), streams=streams)
         for prompt in request.prompts:
             self._check_prompt(prompt, request.max_tokens)
@@ -212,16 +213,13 @@ class Engine:
                 f"{job.unfinished} more sequences do not fit, {len(self._sequences)} of {places} places are taken; "
                 "try again in a moment"
             )
-        present = self._available()
-        self._miss(job, job.allowed - present)
+        self._miss(job, job.allowed - self._available())
         if job.error is not None:
             raise job.error
-        salt = None if request.prompt_logprobs is not None else self._salt(job.allowed & present)
         if f"{request.id}/0" in self._sequences:
             raise UsageError(f"id: {request.id!r} is that of a request at work")
         for index in range(job.unfinished):
             sequence = SequenceState(job, index, self._tokenizer)
-            sequence.salt = salt
             job.sequences.append(sequence)
             self._sequences[sequence.id] = sequence
         try:
@@ -279,6 +277,16 @@ class Engine:
         if self._observer is not None:
             self._observer.ended(request)
 
+    async def _news(self, job: Job) -> None:
+        """Wait for news of a request, or of the engine's end."""
+        try:
+            async with asyncio.timeout(ALIVE_SECONDS):
+                await job.news.wait()
+        except TimeoutError:
+            if not self.is_alive and job.error is None:
+                job.error = EngineFailed("the engine has stopped")
+        job.news.clear()
+
     def _take(self, job: Job) -> list[Delta]:
         if job.error is not None:
             raise job.error
@@ -290,7 +298,7 @@ class Engine:
         return Usage(
             prompt_tokens=sum(map(len, job.request.prompts)),
             completion_tokens=sum(len(sequence.token_ids) for sequence in job.sequences),
-            cached_tokens=sum(sequence.cached or 0 for sequence in job.sequences),
+            cached_tokens=sum(sequence.cached or 0 for sequence in job.sequences[:: job.request.n]),
             experts={name: share for name, share in zip(self.experts, weights.tolist(), strict=True) if share},
             lost=tuple(self.experts[e] for e in sorted(job.lost)),
         )
@@ -318,21 +326,32 @@ class Engine:
         if present == self._present:
             return
         self._present = present
+        refused = []
         for sequence in list(self._sequences.values()):
-            sequence.salt = None  # its keys and values are now of several sets of experts
+            sequence.is_private |= sequence.salt is not None  # its keys and values are now of several sets of experts
+            before = sequence.job.error
             self._miss(sequence.job, sequence.job.allowed - present)
+            if sequence.job.error is not before:
+                refused.append(sequence.job)
+        self._tell(refused)
 
     # ---- from the engine's thread: the steps of `serve.runner.Step`
 
     def salt(self, id: str) -> int | None:
         """Sequences of equal experts share prefixes; one whose prompt is scored reads all of it itself."""
         sequence = self._sequences.get(id)
-        return None if sequence is None else sequence.salt
+        if sequence is None or sequence.is_private:
+            return None
+        if sequence.salt is None:  # its first step
+            self._notice(self._available())
+            sequence.salt = self._salt(sequence.job.allowed & self._present)
+        return sequence.salt
 
     def failed(self, id: str, error: str) -> None:
-        """The manager gave a sequence up, and with it the request."""
+        """The manager gave a sequence up, as it does when a step fails."""
+        self._has_failed = True
         if (sequence := self._sequences.get(id)) is not None:
-            sequence.job.error = FlexmoreError(f"the engine failed: {error}")
+            sequence.job.error = EngineFailed(f"the engine failed: {error}")
             self._tell([sequence.job])
 
     def wanted(self, slices: Sequence[Slice]) -> list[int]:
@@ -341,7 +360,7 @@ class Engine:
         self._plan, offset = [], 0
         for part in slices:
             sequence = self._sequences.get(part.id)
-            rows = _Rows(sequence, len(positions), part.is_last)
+            rows = Rows(sequence, len(positions), part.is_last)
             if sequence is not None and sequence.wants_prompt:
                 if not sequence.prompt_logprobs:
                     sequence.prompt_logprobs.append(TokenLogprob(sequence.prompt[0], None, ()))
@@ -465,21 +484,6 @@ class Engine:
         loop = self._loop
         if jobs and loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(_wake, jobs)
-
-
-class _Rows:
-    """Where the logits of one slice are among those that were asked for."""
-
-    __slots__ = ("first_row", "is_last", "prompt", "sequence")
-
-    def __init__(self, sequence: SequenceState | None, first_row: int, is_last: bool) -> None:
-        self.sequence, self.first_row, self.is_last = sequence, first_row, is_last
-        self.prompt = range(0)
-        """Places in the prompt whose logits are asked for; each tells of the token after it."""
-
-    @property
-    def last_row(self) -> int:
-        return self.first_row + len(self.prompt)
 
 
 def _wake(jobs: Sequence[Job]) -> None:

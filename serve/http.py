@@ -57,6 +57,7 @@ __all__ = ["Description", "ExpertInfo", "HttpSettings", "Service", "Unavailable"
 _LOG = logging.getLogger(__name__)
 _LARGE_BODY = 2**16  # bytes; reading more than this goes to a thread
 _MANY_LOGPROBS = 2_000  # tokens; writing more than this goes to a thread
+_LOGPROBS = 500_000  # of one answer, 12 MB of JSON
 _TOKENIZED = 10**6  # characters that /tokenize takes whatever the model's length is
 _READY_SECONDS = 10.0
 T = TypeVar("T")
@@ -88,6 +89,8 @@ def create_app(service: Service, settings: HttpSettings) -> FastAPI:
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)
+    for path, probe in (("/health", api.health), ("/ready", api.ready)):
+        app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False, response_model=None)
     for action, enabled in (("enable", True), ("disable", False)):
         path, guard = "/admin/experts/{name}/" + action, [Depends(keys.check_admin)]
         app.add_api_route(path, api.switch(enabled), methods=["POST"], response_model=None, dependencies=guard)
@@ -120,6 +123,7 @@ class _Api:
             prompts = [self._check_ids(ids, f"prompt[{place}]") for place, ids in enumerate(body.prompt)]
         for place, prompt in enumerate(prompts):
             self._check_length(prompt, body.max_tokens, "prompt" if len(prompts) == 1 else f"prompt[{place}]")
+        self._check_answer(body, sum(map(len, prompts)) if body.echo else 0, len(prompts))
         request = Request(
             id=f"cmpl-{uuid.uuid4().hex}",
             prompts=tuple(prompts),
@@ -165,6 +169,15 @@ class _Api:
         name, value = logprobs
         if value is not None and value > settings.max_logprobs:
             refuse(name, f"at most {settings.max_logprobs}", value)
+
+    def _check_answer(self, body: CompletionBody, echoed: int, prompts: int) -> None:
+        """Refuse an answer that would be too large."""
+        if body.logprobs is None:
+            return
+        size = body.n * (echoed + prompts * body.max_tokens) * (1 + body.logprobs)
+        if size > _LOGPROBS:
+            rule = f"an answer has at most {_LOGPROBS} log-probabilities, all sequences together"
+            refuse("logprobs", rule, size, code="too_many_logprobs")
 
     def _check_model(self, model: str) -> None:
         if model != self._settings.model:
@@ -395,6 +408,8 @@ class _Api:
             case HTTPException():
                 code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
                 return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
+            case UsageError():  # of an engine with other limits than ours: the application is being replaced
+                return ApiError(400, str(error))
             case QueueFull():
                 return ApiError(429, f"{error}; try again in a moment", code="queue_full", headers=again)
             case ExpertLost():

@@ -24,6 +24,7 @@ from serve.service import Description, HttpSettings, Unavailable
 from serve.switch import Switch
 from serve.transport import EngineStopped, by_value, keep_to_loopback
 
+ENGINES = 2  # that a request may have failed with, so that one that is the reason does not end all of them
 ATTEMPTS = 3  # replicas that a request is sent to at most, one after the other
 _PAUSE_SECONDS = 0.2  # before a request is sent again, for the news of a replica's death to come
 _STATUS_SECONDS = 2.0
@@ -107,7 +108,7 @@ class Replicas:
         stopped = isinstance(error, asyncio.CancelledError) and not ours  # by Serve, with its replica
         if not (stopped or isinstance(cause, _TRANSIENT)):
             raise error
-        if attempt + 1 >= ATTEMPTS:
+        if attempt + 1 >= (ATTEMPTS if not isinstance(cause, EngineStopped) else ENGINES):
             raise Unavailable("the replica that was at work on the request is gone") from None
         self._metrics.retried()
         await asyncio.sleep(_PAUSE_SECONDS * (attempt + 1))

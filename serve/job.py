@@ -52,7 +52,8 @@ class SequenceState:
         self.job, self.index = job, index
         self.id = f"{request.id}/{index}"
         self.prompt = request.prompts[index // request.n]
-        self.salt: int | None = None
+        self.salt: int | None = None  # known from its first step on
+        self.is_private = request.prompt_logprobs is not None  # it shares keys and values with nobody
         # written by the engine's thread
         self.random = random.Random(f"{request.seed}/{index}")
         self.watch = TextStream(tokenizer, request.stop) if request.stop else None
@@ -110,3 +111,19 @@ class Job:
     def is_over(self) -> bool:
         """Whether there is nothing left to wait for."""
         return self.unfinished == 0 or self.error is not None
+
+
+class Rows:
+    """Where the logits of one slice are among those that were asked for."""
+
+    __slots__ = ("first_row", "is_last", "prompt", "sequence")
+
+    def __init__(self, sequence: SequenceState | None, first_row: int, is_last: bool) -> None:
+        self.sequence, self.first_row, self.is_last = sequence, first_row, is_last
+        self.prompt = range(0)
+        """Places in the prompt whose logits are asked for; each tells of the token after it."""
+
+    @property
+    def last_row(self) -> int:
+        """Of the logits that choose the next token."""
+        return self.first_row + len(self.prompt)

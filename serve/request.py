@@ -91,5 +91,9 @@ class QueueFull(FlexmoreError):  # noqa: N818
     """A replica has as many sequences waiting as it takes; try again in a moment (429)."""
 
 
+class EngineFailed(FlexmoreError):  # noqa: N818
+    """The engine ended before the request did."""
+
+
 class ExpertLost(FlexmoreError):  # noqa: N818
     """An expert that the request needs is not there, and the policy is to refuse (503)."""

@@ -26,9 +26,9 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
-from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.modeling import FlexMoreForCausalLM
 from serve import attention
+from serve.request import EngineFailed
 
 _LARGEST_ID = 2**31 - 1  # token ids are hashed as 32-bit integers
 
@@ -118,10 +118,10 @@ class BatchRunner:
         """Add a sequence: prompt tokens, at least one. It goes on until `Step.choose` ends it.
 
         Raises:
-            FlexmoreError: the thread has ended.
+            EngineFailed: the thread has ended.
         """
         if self._manager.add_request(list(token_ids), request_id=id, max_new_tokens=None, eos_token_id=-1) is None:
-            raise FlexmoreError("the engine has stopped")
+            raise EngineFailed("the engine has stopped")
 
     def cancel(self, id: str) -> None:
         """Drop a sequence before the next step."""

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from serve.request import TokenLogprob
 
+COLDEST = 1e-5
+"""A temperature below it is this one, so that quotients stay finite."""
+
 
 def choose(logits: Tensor, temperature: list[float], top_p: list[float], uniform: list[float]) -> Tensor:
     """Choose one token per row.
@@ -34,9 +37,11 @@ def choose(logits: Tensor, temperature: list[float], top_p: list[float], uniform
         torch.tensor([values[row] for row in rows], device=device).unsqueeze(1)
         for values in (temperature, top_p, uniform)
     )
-    probabilities, order = (logits[rows] / scale).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    probabilities, order = (
+        (logits[rows] / scale.clamp(min=COLDEST)).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    )
     cumulated = probabilities.cumsum(dim=-1)
-    kept = (cumulated - probabilities < keep).sum(dim=-1, keepdim=True)
+    kept = (cumulated - probabilities < keep).sum(dim=-1, keepdim=True).clamp(min=1)
     target = draw * cumulated.gather(1, kept - 1)
     place = torch.minimum((cumulated <= target).sum(dim=-1, keepdim=True), kept - 1)
     best[rows] = order.gather(1, place).squeeze(1)

@@ -39,6 +39,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        message = " ".join(message.split())
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
@@ -91,8 +92,8 @@ def _whole(value: Any) -> Any:
 
 
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64), BeforeValidator(_whole)]
-Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Count = Annotated[int, Field(ge=0, lt=INT64), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1, lt=INT64), BeforeValidator(_whole)]
 
 
 def _is_id(value: Any) -> bool:

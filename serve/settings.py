@@ -3,6 +3,7 @@
 serve run serve.app:build_app mixture=winner.yaml max_replicas=4
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,6 +125,23 @@ def read_settings(given: dict[str, Any]) -> Settings:
         got = f", got {first['input']!r}" if where else ""
         text = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{where}: {text[:1].lower()}{text[1:]}{got}" if where else text) from None
+
+
+def environment_key() -> tuple[str, ...]:
+    """The key in ``FLEXMORE_API_KEY``, which leaves the environment, so that no process started later has it."""
+    key = os.environ.pop("FLEXMORE_API_KEY", "")
+    return (check_key(key, where="FLEXMORE_API_KEY"),) if key else ()
+
+
+def check_key(key: str, *, where: str) -> str:
+    """A key that a header can carry.
+
+    Raises:
+        UsageError: it has other characters than visible ASCII ones.
+    """
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(f"{where}: a key has visible ASCII characters alone, for a header carries no others")
+    return key
 
 
 def read_keys(file: str | None, *, where: str) -> tuple[str, ...]:

@@ -57,17 +57,16 @@ class TextStream:
         end = len(self.text) if last or self.stopped else len(self.text) - self._start_of_stop()
         text = self.text[self._sent_text : end]
         before = self._sent_tokens
-        while self._sent_tokens < len(self._ends) and self._is_out(self._sent_tokens, end, last):
+        while self._sent_tokens < len(self._ends) and self._is_out(self._sent_tokens, end):
             self._sent_tokens += 1
         self._sent_text = end
         return text, self._sent_tokens - before
 
-    def _is_out(self, token: int, end: int, last: bool) -> bool:
+    def _is_out(self, token: int, end: int) -> bool:
         """Whether a token's text is part of the first `end` characters."""
-        start = self._ends[token - 1] if token else 0
-        if last and self.stopped:  # tokens whose text was cut away whole go with it
-            return start < end
-        return last or self._ends[token] <= end
+        if self.stopped:  # a token whose text was cut away whole goes with it
+            return (self._ends[token - 1] if token else 0) < end
+        return self._ends[token] <= end
 
     def _start_of_stop(self) -> int:
         """Length of the longest end of the text that a stop string starts with."""

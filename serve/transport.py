@@ -22,7 +22,7 @@ import ray.serve._private.replica as serve_replica
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 
-from flexmore_ray.errors import FlexmoreError
+from flexmore_ray.errors import FlexmoreError, UsageError
 
 REPLICA_VARIABLES: Mapping[str, str] = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # all methods are async and short
@@ -93,8 +93,11 @@ def check_port(host: str, port: int) -> None:
     """Refuse an address that cannot be listened on.
 
     Raises:
+        UsageError: it is no port.
         FlexmoreError: it is taken, or not one of this machine.
     """
+    if not 0 < port < 2**16:
+        raise UsageError(f"--port: 1 to 65535, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()

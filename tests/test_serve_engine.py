@@ -294,6 +294,22 @@ def test_top_p_keeps_the_fewest_tokens(top_p: float, uniform: float, seed: int) 
     assert before < top_p + 1e-6
 
 
+def test_copies_of_a_known_prompt(engine: Engine, mixture: Mixture) -> None:
+    text = TEXTS[1] * 2
+    for n in (1, 4):
+        [(deltas, usage)] = ask(engine, request(mixture, text, n=n))
+        assert {delta.text for delta in deltas} == {greedy(mixture, text)}
+    assert 0 < usage.cached_tokens < usage.prompt_tokens == len(encode(mixture, text))
+
+
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"top_p": 1e-50}, {"temperature": 1e-40, "top_p": 1e-50}])
+def test_extreme_settings_take_the_most_likely_token(
+    engine: Engine, mixture: Mixture, extreme: dict[str, float]
+) -> None:
+    [(deltas, _)] = ask(engine, request(mixture, TEXTS[1], **({"temperature": 1.0} | extreme)))
+    assert deltas[0].text == greedy(mixture, TEXTS[1])
+
+
 def test_a_seed_repeats_and_copies_differ(engine: Engine, mixture: Mixture) -> None:
     settings = {"temperature": 1.0, "n": 3, "max_tokens": 20}
     first, again, other = (request(mixture, TEXTS[4], seed=seed, **settings) for seed in (7, 7, 8))
@@ -466,6 +482,7 @@ def test_a_lost_expert_is_refused_where_it_is_needed(mixture: Mixture) -> None:
         others = ("public", "math", "news")
         answers = run(gather_errors(engine, [request(mixture, text), request(mixture, text, experts=others)]))
         assert isinstance(answers[0], ExpertLost)
+        assert link.calls == 2, "it is told at once, not after all of its tokens"
         assert isinstance(answers[1], tuple)
         with pytest.raises(ExpertLost, match="expert academic is not available"):
             ask(engine, request(mixture, text))

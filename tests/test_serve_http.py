@@ -491,7 +491,8 @@ def test_long_prompts_are_refused_with_both_numbers(client: TestClient, service:
     assert "500" in message
     assert "13" in message
     refusal(client.post(COMPLETIONS, json=HELLO | {"prompt": ["a", "a" * 600]}), 400, "context_length_exceeded")
-    refusal(client.post(COMPLETIONS, json=HELLO | {"max_tokens": 10**400}), 400, "context_length_exceeded")
+    refusal(client.post(COMPLETIONS, json=HELLO | {"max_tokens": 10**15}), 400, "context_length_exceeded")
+    refusal(client.post(COMPLETIONS, json=HELLO | {"max_tokens": 10**400}), 400, "invalid_value")
     huge = refusal(client.post(COMPLETIONS, json=HELLO | {"prompt": "a" * 100_000}), 400, "context_length_exceeded")
     assert "100000" in huge  # without turning it into tokens
     long = [{"role": "user", "content": "a" * 600}]
@@ -881,3 +882,15 @@ def test_the_description_asks_for_keys_where_they_are_needed(service: EchoServic
     assert keyed["paths"]["/experts"]["get"]["security"]
     assert "security" not in keyed["paths"]["/health"]["get"]
     assert "401" in keyed["paths"][COMPLETIONS]["post"]["responses"]
+
+
+def test_an_answer_that_would_be_too_large_is_refused(client: Any) -> None:
+    body = {"model": "nano", "prompt": [[5] * 400] * 8, "n": 8, "echo": True, "logprobs": 20, "max_tokens": 0}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "too_many_logprobs"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_balancers_may_ask_without_a_body(client: Any, path: str) -> None:
+    assert client.head(path).status_code == 200
