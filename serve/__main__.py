@@ -129,7 +129,7 @@ def _reason() -> str | None:
 
     application = serve.status().applications.get(APPLICATION)
     messages = [deployment.message for deployment in (application.deployments if application else {}).values()]
-    lines = [line.strip() for message in messages for line in message.splitlines() if "Error: " in line]
+    lines = [line.partition("Error: ")[2] for message in messages for line in message.splitlines() if "Error: " in line]
     return lines[-1][:500] if lines else None
 
 
