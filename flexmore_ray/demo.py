@@ -39,8 +39,8 @@ SEARCH_BUDGET = "0.5x"
 SEARCH_TRIALS = 16
 SEARCH_LIMITS = (27, 50)
 """Documents per task of the search: to choose by, and to report on."""
-QUESTIONS = ("fact: main city of Nanin:", ">>> b=5;c=b+2;b:", "r/til define z3v0n?")
-"""What the served winner is asked: of the test split's documents of a recall, a program and a slang task."""
+QUESTIONS = ("fact: main city of Nanin:", ">>> min('cfdih') :", "r/til define z3v0n?")
+"""What the served winner is asked: of the test split's documents of a recall, a string and a slang task."""
 
 
 @dataclasses.dataclass(frozen=True)
