@@ -428,19 +428,20 @@ class Engine:
         sequences = [rows.sequence for rows in plan]
         requests = [None if sequence is None else sequence.job.request for sequence in sequences]
         last = logits[[rows.last_row for rows in plan]]
-        uniform = [
-            sequence.random.random() if sequence is not None and sequence.job.request.temperature else 0.0
-            for sequence in sequences
-        ]
+        uniform = [0.0 if sequence is None else sequence.random.random() for sequence in sequences]
         temperature = [0.0 if request is None else request.temperature for request in requests]
         top_p = [1.0 if request is None else request.top_p for request in requests]
         tokens: list[int] = choose(last, temperature, top_p, uniform).tolist()
-        told = [i for i, request in enumerate(requests) if request is not None and request.logprobs is not None]
+        told = [
+            (row, sequence, sequence.job.request.logprobs)
+            for row, sequence in enumerate(sequences)
+            if sequence is not None and sequence.job.request.logprobs is not None
+        ]
         if told:
-            top = [requests[i].logprobs or 0 for i in told]  # type: ignore[union-attr]
-            scores = logprobs(last[told], [tokens[i] for i in told], top)
-            for i, score in zip(told, scores, strict=True):
-                sequences[i].logprobs.append(score)  # type: ignore[union-attr]
+            rows, whose, top = zip(*told, strict=True)
+            scores = logprobs(last[list(rows)], [tokens[row] for row in rows], list(top))
+            for sequence, score in zip(whose, scores, strict=True):
+                sequence.logprobs.append(score)
         ends = [sequence is None or self._advance(sequence, t) for sequence, t in zip(sequences, tokens, strict=True)]
         self._tell([sequence.job for sequence in sequences if sequence is not None and sequence.job.streams])
         return list(zip(tokens, ends, strict=True))

@@ -202,7 +202,9 @@ class _Runner(ModelRunner):
             start = future.state.position_offset - future.query_length
             slices.append(Slice(future.state.request_id, start, future.query_length, future.has_new_token))
         device = batch_data["input_ids"].device
-        inputs = batch_data | {"logits_to_keep": torch.tensor(self._step.wanted(slices), device=device)}
+        inputs = batch_data | {
+            "logits_to_keep": torch.tensor(self._step.wanted(slices), dtype=torch.long, device=device)
+        }
         if model.config._attn_implementation == attention.NAME:
             lengths, keys = zip(*((part.length, part.start + part.length) for part in slices), strict=True)
             inputs["segments"] = attention.Segments.of(lengths, keys, batch_data["read_index"][0])

@@ -104,6 +104,13 @@ def test_greedy_equals_generate(engine: Engine, mixture: Mixture) -> None:
     assert [deltas[0].text for deltas, _ in answers] == [greedy(mixture, text) for text in TEXTS]
 
 
+def test_a_prompt_longer_than_a_step_is_read_in_parts(engine: Engine, mixture: Mixture) -> None:
+    text = TEXTS[4] * 12
+    assert len(encode(mixture, text)) > 2 * engine.limits.batch_tokens
+    [(deltas, _)] = ask(engine, request(mixture, text, logprobs=1))
+    assert deltas[0].text == greedy(mixture, text)
+
+
 def test_several_prompts_and_copies_in_one_request(engine: Engine, mixture: Mixture) -> None:
     prompts = tuple(encode(mixture, text) for text in TEXTS)
     [(deltas, usage)] = ask(engine, Request(id="many", prompts=prompts, n=2, temperature=0.0, max_tokens=9))
