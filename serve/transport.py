@@ -34,6 +34,7 @@ REPLICA_VARIABLES: Mapping[str, str] = {
 _CLUSTER_VARIABLES = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # from Serve's own proxy to the ingress too
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # not 5: on a busy machine it takes longer to import Ray alone
 }
 
 

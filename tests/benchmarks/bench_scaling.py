@@ -110,7 +110,7 @@ def _draw(samples: Sequence[Sample], path: Path) -> None:
     below.set_yticks(range(max(*mixtures, *experts) + 1))
     below.set_ylabel("processes")
     below.set_xlabel("seconds")
-    below.legend(frameon=False, loc="upper right")
+    below.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
