@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flexmore_ray import commands
+from flexmore_ray import cluster_commands, commands, doctor
 from flexmore_ray.errors import FlexmoreError, UsageError
+
+_LONGEST = 2_000  # characters of an error: a value in it may come from a file, and be of any length
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
     print(f"flexmore: {text}", file=sys.stderr)
     return status
 
@@ -132,6 +134,25 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-documents", type=int, default=500, metavar="N", help="documents of one unit of work (default: 500)"
     )
 
+    simulation = command("simulate", commands.run_simulate, "time and cost of a grid or a search on other clusters")
+    simulation.add_argument("plan", nargs="?", metavar="PLAN", help="a YAML file; or --preset, or --search")
+    simulation.add_argument("--preset", metavar="NAME", help="paper: the 150 mixtures of arXiv 2602.08818")
+    simulation.add_argument("--search", metavar="DIR", help="the --out of a search, whose recorded times are replayed")
+    simulation.add_argument("--source", action="append", metavar="S", help="SOURCE, for a preset or before the plan's")
+    simulation.add_argument("--tasks", metavar="T", help="suite or tasks, before the plan's")
+    simulation.add_argument("--split", choices=["validation", "test"], help="before the plan's (default: validation)")
+    simulation.add_argument("--limit", type=int, metavar="N", help="documents per task, before the plan's")
+    simulation.add_argument("--shard-documents", type=int, default=500, metavar="N", help="as for grid (default: 500)")
+    simulation.add_argument("--results", metavar="DIR", help="cells that are there need not be computed")
+    simulation.add_argument("--calibrate", metavar="DIR", help="results of a run, whose times are learned from")
+    simulation.add_argument("--workers", default="1,8,64,1000", metavar="N,N,...", help="(default: 1,8,64,1000)")
+    simulation.add_argument("--trials", type=int, metavar="N", help="of a search (default: as many as it had)")
+    simulation.add_argument("--price", type=float, metavar="X", help="of one worker for an hour")
+    simulation.add_argument("--start-seconds", type=float, metavar="S", help="until workers work (default: measured)")
+    simulation.add_argument(
+        "--document-seconds", type=float, metavar="S", help="assumed for tasks not measured (default: refuse them)"
+    )
+
     searcher = command("search", commands.run_search, "the best ranks under a budget, with Ray Tune and Optuna")
     search.__main__.add_options(searcher)
 
@@ -148,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     server = command("serve", serve.__main__.run, "a mixture over HTTP, OpenAI-compatible, on Ray Serve")
     serve.__main__.add_options(server)
 
+    cluster_commands.add_options(command("cluster", None, "a Ray cluster of this machine: up, status, env, down"))
+    doctor.add_options(command("doctor", doctor.run, "what is wrong with this machine, or the cluster that it uses"))
+
     for sub in (grid, searcher):
         sub.add_argument("--workers", type=int, metavar="N", help="workers (default: as many as the nodes can hold)")
         sub.add_argument("--cpus", type=float, default=1, metavar="X", help="CPUs of one worker (default: 1)")
@@ -162,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="EXPERT=NODES",
             help="on a cluster: nodes of an expert, as LABEL=VALUE or the name of a custom resource",
         )
-    for sub in (inspect, params, merge, decompose, evaluate, grid, searcher, export, server):
+    for sub in (inspect, params, merge, decompose, evaluate, grid, simulation, searcher, export, server):
         sub.add_argument("--experts", type=lambda text: text.split(","), metavar="A,B,...", help="expert names")
     return parser
 

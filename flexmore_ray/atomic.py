@@ -1,22 +1,28 @@
-"""Files that are whole or not there: a temporary name, fsync, rename, fsync of the folder. Folders with one writer."""
+"""Files that are whole or not there, and folders with one writer, on this machine or in an object store.
+
+On this machine: a temporary name, fsync, rename, fsync of the folder; a lock that ends with its process. In a store:
+one object sent whole (`flexmore_ray.storage`); a lease (`flexmore_ray.lease`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import time
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from flexmore_ray.errors import UsageError
+from flexmore_ray.lease import lease
+from flexmore_ray.storage import AnyPath, RemotePath, write_object
 
 _ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_file(path: AnyPath, write: Callable[[BinaryIO], object]) -> None:
     """Write a file that appears under its name only when all of it is on disk.
 
     A process that is killed leaves at most a hidden temporary file, ``.NAME.HEX.tmp``.
@@ -28,6 +34,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full; nothing is left behind.
     """
+    if isinstance(path, RemotePath):
+        write_object(path, write)
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -51,8 +60,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process however it ends.
+def alone(folder: AnyPath, what: str) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process however it ends; in a store a little later, see `lease`.
 
     Args:
         folder: made if missing.
@@ -61,11 +70,33 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or the folder cannot be written.
     """
-    with _lock_file(folder) as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder, wait=False))
         except BlockingIOError:
             raise UsageError(f"another {what} is running on {folder}; wait, or choose another folder") from None
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: AnyPath, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's lock.
+
+    Args:
+        folder: made if missing.
+        wait: whether to wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+        UsageError: the folder cannot be written.
+        StorageError: the store of the folder does not answer.
+    """
+    if isinstance(folder, RemotePath):
+        with lease(folder, wait=wait):
+            yield
+        return
+    with _lock_file(folder) as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
@@ -77,9 +108,20 @@ def _lock_file(folder: Path) -> IO[str]:
         raise UsageError(f"{folder}: not a folder that can be written: {error.strerror}; choose another") from None
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files that killed runs left in a folder and its folders."""
-    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+def remove_abandoned(folder: AnyPath) -> None:
+    """Remove temporary files that killed runs left in a folder and its folders; an object store has none."""
+    if isinstance(folder, RemotePath):
+        return
+    found = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]
+    now = _now(folder) if found else 0.0
+    for path in found:
         with contextlib.suppress(FileNotFoundError):  # another process may finish or remove its own
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            if now - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock that gives a folder's files theirs: that of a file server may differ from this machine's,
+    and another machine's file that is being written must not look abandoned."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime

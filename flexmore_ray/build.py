@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
+import io
 import json
-import os
 import resource
 import sys
-import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -26,10 +22,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from flexmore_ray.atomic import write_file
+from flexmore_ray.atomic import locked, remove_abandoned, write_file
 from flexmore_ray.errors import CheckpointError, StoreError, UsageError
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, suggest
 from flexmore_ray.spectra import Decomposition, decompose, decompose_factors, delta
+from flexmore_ray.storage import AnyPath, StorageError, matching, open_path
 from flexmore_ray.store import (
     ALGORITHM_VERSION,
     FORMAT,
@@ -60,7 +57,6 @@ _TAGS = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-_ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 
 
 class StoreWriter:
@@ -78,14 +74,14 @@ class StoreWriter:
         UsageError: an unknown dtype.
     """
 
-    def __init__(self, folder: str | Path, dtype: str = "float32") -> None:
+    def __init__(self, folder: str | AnyPath, dtype: str = "float32") -> None:
         if dtype not in STORE_DTYPES:
             raise UsageError(f"dtype: unknown {dtype!r}; {suggest(dtype, tuple(STORE_DTYPES))}")
-        self.folder = Path(folder)
+        self.folder = open_path(folder)
         self.dtype = dtype
         with _writing(self.folder):
             (self.folder / "factors").mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.folder)
+            remove_abandoned(self.folder)
         self.committed = self._read_committed()
 
     def _read_committed(self) -> dict[str, Any] | None:
@@ -121,10 +117,10 @@ class StoreWriter:
         """
         known = {} if thorough else {entry.file: entry for entry in read_entries(self.committed or {"entries": []})}
         stem = self.stem(expert_digest, public_digest)
-        for path in sorted((self.folder / "factors").glob(f"{stem}-r*.safetensors"), reverse=True):
+        for path in reversed(matching(self.folder / "factors", f"{stem}-r*.safetensors")):
             if int(path.stem.rpartition("-r")[2]) < rank:
                 break
-            name = str(path.relative_to(self.folder))
+            name = f"factors/{path.name}"
             if name in known and path.stat().st_size == known[name].size:
                 return dataclasses.replace(known[name], **key._asdict())
             entry = _check_file(self.folder, name, key)
@@ -172,7 +168,7 @@ class StoreWriter:
         Raises:
             StoreError: the folder's store is of other weights, or cannot be written.
         """
-        with _writing(self.folder), _locked(self.folder):
+        with _writing(self.folder), locked(self.folder):
             before = self._read_committed()
             old = {entry.key: entry for entry in read_entries(before)} if before else {}
             check_digests(self.folder, old.values(), source)
@@ -210,10 +206,10 @@ class StoreWriter:
 
     def _write_manifest(self, manifest: dict[str, Any], entries: Mapping[MatrixKey, Entry]) -> None:
         table = _spectra_table(self.folder, [entries[entry.key] for entry in read_entries(manifest)])
-        temporary = f"spectra-{uuid.uuid4().hex}.parquet"
-        size, sha256 = _write_whole(self.folder / f".{temporary}", lambda file: pq.write_table(table, file))
-        name = f"spectra-{sha256[:16]}.parquet"
-        os.replace(self.folder / f".{temporary}", self.folder / name)
+        spectra = io.BytesIO()
+        pq.write_table(table, spectra)
+        name = f"spectra-{hashlib.sha256(spectra.getbuffer()).hexdigest()[:16]}.parquet"
+        size, sha256 = _write_whole(self.folder / name, lambda file: file.write(spectra.getbuffer()))
         manifest["spectra"] = {"file": name, "size": size, "sha256": sha256}
         manifest["peak_memory_bytes"] = _peak_memory()
         manifest["checksum"] = manifest_checksum(manifest)
@@ -226,7 +222,7 @@ class StoreWriter:
 
 def build_store(
     source: WeightSource,
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     max_rank: int | None = None,
     dtype: str = "float32",
@@ -365,7 +361,7 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], about: Map
         file.write(memoryview(tensor_bytes(tensor)).cast("B"))
 
 
-def _check_file(folder: Path, name: str, key: MatrixKey) -> Entry | None:
+def _check_file(folder: AnyPath, name: str, key: MatrixKey) -> Entry | None:
     """Read one file of factors in full; its entry, or None where anything in it is damaged."""
     path = folder / name
     try:
@@ -386,7 +382,7 @@ def _check_file(folder: Path, name: str, key: MatrixKey) -> Entry | None:
         return None
 
 
-def _spectra_table(folder: Path, entries: Iterable[Entry]) -> pa.Table:
+def _spectra_table(folder: AnyPath, entries: Iterable[Entry]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for entry in entries:
         values = read_spectrum(folder / entry.file)
@@ -438,7 +434,7 @@ class _Hashing:
         self.closed = True
 
 
-def _write_whole(path: Path, write: Callable[[Any], object]) -> tuple[int, str]:
+def _write_whole(path: AnyPath, write: Callable[[Any], object]) -> tuple[int, str]:
     """Write a file that appears under its name only when it is on disk; its size and SHA-256."""
     passed: list[_Hashing] = []
 
@@ -452,32 +448,18 @@ def _write_whole(path: Path, write: Callable[[Any], object]) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: AnyPath) -> Iterator[None]:
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
         raise StoreError(
             f"{path}: cannot write the store: {one_line(error)}; make room or name another folder"
         ) from None
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer of the manifest at a time; the lock goes with the process that holds it."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Delete temporary files that killed runs left behind."""
-    for path in [*folder.glob(".*.tmp"), *(folder / "factors").glob(".*.tmp")]:
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
-
-
-def _remove_superseded(folder: Path, old: Mapping[MatrixKey, Entry], new: Mapping[MatrixKey, Entry]) -> None:
+def _remove_superseded(folder: AnyPath, old: Mapping[MatrixKey, Entry], new: Mapping[MatrixKey, Entry]) -> None:
     """Delete files that only the manifest before this one named."""
     for name in {entry.file for entry in old.values()} - {entry.file for entry in new.values()}:
         (folder / name).unlink(missing_ok=True)

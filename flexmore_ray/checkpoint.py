@@ -13,6 +13,7 @@ and no method holds more than the tensor it returns.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,15 +29,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexmore_ray.cache import local_file
 from flexmore_ray.errors import CheckpointError, UsageError
 from flexmore_ray.spec import PROJECTIONS, ModelShape
 from flexmore_ray.spectra import Factors
+from flexmore_ray.storage import AnyPath, RemotePath, StorageError, matching, output_folder
 
 MODEL_TYPES = ("flex_olmo", "flex_more")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
 _SHARD_BYTES = 2 << 30
+_MARKS = ("config.json", "adapter_config.json")  # without which a folder is no checkpoint and no adapter
+_JSON_BYTES = 64 << 20  # the index of a checkpoint of a million tensors is smaller
+_MOST = {"num_layers": 10_000, "num_experts": 10_000}
+_QUANTIFIER = re.compile(r"[*+?{]")
 
 
 # ----------------------------------------------------------------------------- tensor names
@@ -80,33 +87,39 @@ def shared_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 # --------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
         CheckpointError: the file is missing or holds something else.
     """
     try:
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"it has more than {_JSON_BYTES:,} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: no {path.name}; a checkpoint folder has one") from None
-    except (OSError, ValueError) as error:
+    except StorageError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: a JSON object is needed, got {type(data).__name__}")
     return data
 
 
-def open_safetensors(path: Path) -> Any:
+def open_safetensors(path: AnyPath) -> Any:
     """Open one safetensors file for lazy reading.
 
     Raises:
         CheckpointError: the file is missing, truncated or not safetensors.
     """
     try:
-        return safe_open(str(path), framework="pt")
+        return safe_open(str(local_file(path)), framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing; copy the checkpoint again") from None
+    except StorageError:
+        raise
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: damaged or not safetensors ({reason}); copy it again") from None
@@ -119,13 +132,16 @@ class TensorFolder:
         CheckpointError: a file is missing or damaged, or the index and the files disagree.
     """
 
-    def __init__(self, folder: Path, stem: str = "model") -> None:
+    def __init__(self, folder: AnyPath, stem: str = "model") -> None:
         self.folder = folder
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index}: no weight_map; the index is damaged")
+            for file in weight_map.values():
+                if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+                    raise CheckpointError(f"{index}: a tensor's file is a file of this folder, got {str(file)[:80]!r}")
             self._file_of: dict[str, str] = weight_map
         else:
             name = f"{stem}.safetensors"
@@ -185,7 +201,7 @@ class Checkpoint:
         CheckpointError: the folder is missing, incomplete, damaged or of another model type.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         if folder.is_file():
             raise CheckpointError(f"{folder}: a checkpoint is a folder, this is a file; a mixture file ends in .yaml")
         if not folder.is_dir():
@@ -201,8 +217,14 @@ class Checkpoint:
             self.shape = ModelShape.from_config(self.config)
             self.num_experts = int(self.config["num_experts"])
             active = int(self.config.get("num_experts_per_tok") or 1)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
             raise CheckpointError(f"{folder}/config.json: missing or unusable entry: {error}") from None
+        sizes = dataclasses.asdict(self.shape) | {"num_experts": self.num_experts}
+        for name, size in sizes.items():
+            most = _MOST.get(name, 2**31)
+            if not isinstance(size, int) or size > most:
+                got = str(size)[:40]
+                raise CheckpointError(f"{folder}/config.json: {name} is an integer up to {most:,}, got {got}")
         if self.shape.num_layers < 1 or not 1 <= active <= self.num_experts:
             raise CheckpointError(
                 f"{folder}/config.json: at least 1 layer and 1 to num_experts experts per token are needed, got "
@@ -228,6 +250,8 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Expert names: the config's ``expert_names``, else public, expert-1, expert-2, ..."""
         names = self.config.get("expert_names")
+        if names is not None and not isinstance(names, list):
+            raise CheckpointError(f"{self.folder}/config.json: expert_names is a list, got {str(names)[:40]}")
         return tuple(names) if names else ("public", *(f"expert-{i}" for i in range(1, self.num_experts)))
 
     def shared(self, name: str) -> Tensor:
@@ -364,7 +388,7 @@ class Adapter:
         CheckpointError: the folder is not a LoRA adapter on gate, up and down projections.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         self.folder = folder
         self.config = read_json(folder / "adapter_config.json")
         if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):
@@ -429,9 +453,17 @@ class Adapter:
 
 def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's rank_pattern and alpha_pattern: the first key that matches the end of a module's name."""
+    if not isinstance(pattern, Mapping | None):
+        raise CheckpointError(f"adapter_config.json: a pattern is a mapping from modules to values, got {pattern!r}")
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+        if len(_QUANTIFIER.findall(key)) > 2 or re.search(r"\)[*+?{]", key):  # which may take for ever
+            rule = "a pattern repeats something twice at most, and no group"
+            raise CheckpointError(f"adapter_config.json: {rule}, got {key[:80]!r}")
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except (re.error, OverflowError) as error:
+            raise CheckpointError(f"adapter_config.json: {key[:80]!r} is no pattern: {error}") from None
     return default
 
 
@@ -451,14 +483,28 @@ TensorPlan = Mapping[str, Callable[[], Tensor]]
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: AnyPath) -> Iterator[Path]:
     """A folder that appears under its name only when the block ends without an error.
+
+    In an object store its files appear one by one, when all are made and verified here, and those without which it is
+    no checkpoint last.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
         CheckpointError: the folder cannot be written (full disk, no permission); nothing is left.
     """
     check_new(out)
+    if isinstance(out, RemotePath):
+        try:
+            with output_folder(out, last=_MARKS) as folder:
+                yield folder
+        except StorageError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{out}: cannot be made here: {' '.join(str(error).split())}; TMPDIR says where"
+            ) from error
+        return
     out = out.resolve()
     _remove_abandoned(out)
     partial = out.with_name(f".{out.name}.partial-{platform.node()}-{os.getpid()}")
@@ -474,7 +520,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_new(out: Path) -> None:
+def check_new(out: AnyPath) -> None:
     """Check that a folder to be made is not there yet, or is empty.
 
     Raises:
@@ -537,11 +583,11 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: AnyPath, folder: Path) -> None:
     """Copy the tokenizer files of a checkpoint folder, where it has any."""
     for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
+        for path in matching(source, pattern):
+            (folder / path.name).write_bytes(path.read_bytes())
 
 
 def _write_shard(folder: Path, stem: str, number: int, shard: Mapping[str, Tensor]) -> None:

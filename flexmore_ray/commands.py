@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,8 +18,10 @@ from flexmore_ray.errors import UsageError
 from flexmore_ray.tables import columns
 
 if TYPE_CHECKING:
+    from flexmore_ray.simulate import Outcome
     from flexmore_ray.source import Source
     from flexmore_ray.spec import Assignment, ExpertRank, MixtureSpec, ModelShape
+    from flexmore_ray.storage import AnyPath
     from flexmore_ray.store import FactorStore
 
 Item = TypeVar("Item")
@@ -139,7 +142,7 @@ def run_merge(args: argparse.Namespace) -> Result:
         raise UsageError("--data: only --router ridge uses data; leave it out, or choose --router ridge")
     source = merge(
         args.source,
-        Path(args.out),
+        _place(args.out),
         names=args.experts,
         data=data if args.router == "ridge" else None,
         active=args.active,
@@ -177,7 +180,7 @@ def _decompose_here(args: argparse.Namespace, source: Source) -> FactorStore:
 
         return build_store(
             source,
-            Path(args.store),
+            _place(args.store),
             max_rank=args.max_rank,
             dtype=args.dtype,
             device=args.device,
@@ -205,10 +208,10 @@ def _decompose_on_cluster(args: argparse.Namespace, source: Source) -> FactorSto
             bars[expert].total = total
             bars[expert].update(done - bars[expert].n)
 
-        stack.enter_context(cluster())
+        stack.enter_context(cluster(runs=f"decompose {Path(args.store).name}"))
         return decompose_on_cluster(
             source,
-            Path(args.store),
+            _place(args.store),
             max_rank=args.max_rank,
             dtype=args.dtype,
             device="cuda" if gpus else args.device,
@@ -252,7 +255,7 @@ def run_eval(args: argparse.Namespace) -> Result:
     mixture = load_mixture(args.mixture, device=args.device, dtype=args.dtype, experts=args.experts)
     _say_what_ranks_mean(mixture.given_spec, mixture.shape)
     use_few_threads(mixture.shape.hidden_size)
-    results = Path(args.results)
+    results = _place(args.results)
     cells = list(progress(evaluate(mixture, tasks, results), len(tasks.tasks), "scoring"))
     count = mixture.count()
     print(score_table(cells, {group.name: group.kind for group in tasks.suite.groups}))
@@ -272,7 +275,7 @@ def run_grid(args: argparse.Namespace) -> Result:
     given = {key: getattr(args, key) for key in ("source", "tasks", "split", "limit", "experts")}
     plan = read_plan(args.plan, args.preset, **given)
     options = Options(**_how_to_run(args), shard_documents=args.shard_documents)
-    grid = Grid(plan, Path(args.results).resolve(), options)
+    grid = Grid(plan, _place(args.results).resolve(), options)
     if "working_dir_files" in grid.results.parts:
         _note(f"--results: {grid.results} is in the job's own copy of the working directory; an absolute path stays")
     summary = grid.summary()
@@ -287,6 +290,60 @@ def run_grid(args: argparse.Namespace) -> Result:
     print(f"\n{computed}, {result['done']:,} of {result['cells']:,} done")
     print(f"next: flexmore report {args.results} --out report")
     return result
+
+
+def run_simulate(args: argparse.Namespace) -> Result:
+    """Say what a grid or a search would take and cost on so many workers."""
+    from flexmore_ray.forecast import forecasts, table
+
+    given = [name for name in ("plan", "preset", "search") if getattr(args, name)]
+    if len(given) != 1:
+        raise UsageError("simulate: give a plan file, --preset or --search, and only one of them")
+    try:
+        workers = [int(text) for text in args.workers.split(",")]
+    except ValueError:
+        raise UsageError(f"--workers: numbers with commas between them are needed, got {args.workers!r}") from None
+    run, described = _recorded_search(args) if args.search else _calibrated_grid(args)
+    found = forecasts(run, workers, args.price)
+    print(table(found))
+    for note in described["assumed"]:
+        print(f"assumed: {note}")
+    return described | {"forecasts": [forecast.to_dict() for forecast in found]}
+
+
+def _calibrated_grid(args: argparse.Namespace) -> tuple[Callable[[int], Outcome], Result]:
+    """A grid on so many workers, and what is said of it."""
+    from flexmore_ray.calibrate import calibrate
+    from flexmore_ray.forecast import assumptions, describe, grid_units
+    from flexmore_ray.grid import Grid, Options
+    from flexmore_ray.plan import read_plan
+    from flexmore_ray.simulate import simulate
+
+    if not args.calibrate:
+        raise UsageError("--calibrate: the results folder of a run is needed, such as that of a small grid")
+    calibration = calibrate(_place(args.calibrate), start=args.start_seconds, document_seconds=args.document_seconds)
+    plan = read_plan(
+        args.plan, args.preset, **{key: getattr(args, key) for key in ("source", "tasks", "split", "limit", "experts")}
+    )
+    with tempfile.TemporaryDirectory() as nothing:
+        grid = Grid(plan, _place(args.results or nothing), Options(shard_documents=args.shard_documents))
+    units, later = grid_units(grid, calibration)
+    count = len(units) + len(later)
+    print(f"{describe(calibration)}\nplan      {grid.left:,} cells to compute, in {count:,} units of work\n")
+    described = {"cells": grid.left, "units": count, "timing": dataclasses.asdict(calibration.timing)}
+    described |= {"errors": dict(calibration.errors), "assumed": assumptions(grid, calibration)}
+    return lambda number: simulate(units, number, calibration.timing, later), described
+
+
+def _recorded_search(args: argparse.Namespace) -> tuple[Callable[[int], Outcome], Result]:
+    """A search on so many workers, and what is said of it."""
+    from search.replay import read_search, replay
+
+    recorded = read_search(_place(args.search), trials=args.trials, start=args.start_seconds)
+    baselines, trials, tests = map(len, recorded.stages)
+    print(f"recorded  {baselines} baselines, {trials} trials, {tests} mixtures on the test split\n")
+    described = {"baselines": baselines, "trials": trials, "tests": tests, "assumed": recorded.assumed}
+    return lambda number: replay(recorded, number), described
 
 
 def run_search(args: argparse.Namespace) -> Result:
@@ -306,7 +363,7 @@ def _how_to_run(args: argparse.Namespace) -> dict[str, Any]:
         "expert_gpus": args.expert_gpus,
         "pin": _pins(args),
         "dtype": args.dtype,
-        "store": args.store and Path(args.store),
+        "store": args.store and _place(args.store),
     }
 
 
@@ -336,7 +393,7 @@ def run_report(args: argparse.Namespace) -> Result:
     """Write the analysis of a results folder."""
     from flexmore_ray.report import write_report
 
-    result = write_report(Path(args.results), Path(args.out))
+    result = write_report(_place(args.results), _place(args.out))
     print(f"{args.out}: report.md, report.html and figures")
     return result
 
@@ -383,16 +440,23 @@ def _pins(args: argparse.Namespace) -> dict[str, str]:
     return dict(pairs)
 
 
-def _named_files(items: Sequence[str]) -> dict[str, Path]:
-    files = {}
+def _named_files(items: Sequence[str]) -> dict[str, AnyPath]:
+    files: dict[str, AnyPath] = {}
     for text in items:
         name, equals, path = text.partition("=")
         if not equals:
             raise UsageError(f"--data: name=FILE is needed, got {text!r}")
         if name in files:
             raise UsageError(f"--data: {name} is given twice")
-        files[name] = Path(path)
+        files[name] = _place(path)
     return files
+
+
+def _place(text: str) -> AnyPath:
+    """What a user named: a path or a URI."""
+    from flexmore_ray.storage import open_path
+
+    return open_path(text)
 
 
 def _note(text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from flexmore_ray.harness import MixtureLM
 from flexmore_ray.mixture import Mixture
 from flexmore_ray.results import CellKey, commit_cell, has_cell, read_cell
 from flexmore_ray.scores import PreparedTask, TaskSet
+from flexmore_ray.storage import AnyPath
 
 SMALL_HIDDEN_SIZE = 512
 
@@ -54,7 +54,7 @@ def cell_key(mixture_id: str, dtype: str, task: PreparedTask) -> CellKey:
     )
 
 
-def evaluate(mixture: Mixture, tasks: TaskSet, results: Path, lm: MixtureLM | None = None) -> Iterator[Cell]:
+def evaluate(mixture: Mixture, tasks: TaskSet, results: AnyPath, lm: MixtureLM | None = None) -> Iterator[Cell]:
     """Score a mixture on every task, committing each cell; cells that are there already are read.
 
     Args:

@@ -17,7 +17,6 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from flexmore_ray.errors import StoreError, UsageError
 from flexmore_ray.source import Source, open_source, resolve_folder
 from flexmore_ray.spec import MatrixKey
 from flexmore_ray.spectra import Factors
+from flexmore_ray.storage import AnyPath, open_path
 from flexmore_ray.store import STORE_DTYPES, Entry, WeightSource, parse_device, read_factors, read_spectrum
 
 MEMORY = 4 * 2**30
@@ -128,7 +128,7 @@ class Expert:
         self,
         name: str,
         weights: Callable[[], WeightSource],
-        folder: str | Path,
+        folder: str | AnyPath,
         *,
         dtype: str = "float32",
         max_rank: int | None = None,
@@ -140,7 +140,7 @@ class Expert:
         if memory < 0:
             raise UsageError(f"memory: bytes to hold at most, 0 or more, got {memory}")
         self.name = name
-        self._weights, self._folder, self._dtype, self._max_rank = weights, Path(folder), dtype, max_rank
+        self._weights, self._folder, self._dtype, self._max_rank = weights, open_path(folder), dtype, max_rank
         self._asked_device, self._observe = device, observe
         self._cache = FactorCache(memory)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -150,6 +150,7 @@ class Expert:
         self._matrix_locks: collections.defaultdict[MatrixKey, threading.Lock] = collections.defaultdict(threading.Lock)
         self._opening = threading.Lock()
         self._computing = threading.Lock()  # one decomposition at a time, or their temporaries fill the memory
+        self._writing = threading.Lock()  # likewise one file, while the next matrix is decomposed
         self._opened: tuple[WeightSource, StoreWriter, torch.device] | None = None
 
     def __repr__(self) -> str:
@@ -235,6 +236,11 @@ class Expert:
                 **{name: self._counts[name] for name in names},
             )
 
+    def rest(self) -> None:
+        """Take up no decomposition any more; returns when what was under way is in the store."""
+        self._computing.acquire()
+        self._writing.acquire()
+
     # ---- from memory, from the store, from the weights
 
     def _check_rank(self, key: MatrixKey, rank: int) -> None:
@@ -267,7 +273,7 @@ class Expert:
                 self._hold(key, held)
             return held
 
-    def _reading(self, key: MatrixKey, read: Callable[[Path], Value]) -> Value:
+    def _reading(self, key: MatrixKey, read: Callable[[AnyPath], Value]) -> Value:
         """Read from a matrix's file; once more where another run replaced it, or where it was damaged."""
         entry = self._entries.get(key) or self._obtain(key)[0]
         try:
@@ -284,8 +290,12 @@ class Expert:
         if entry is None:
             with self._computing:
                 result = decompose_matrix(source, key, self._max_rank, device)
-            factors = _converted(result.factors, self.dtype)
-            entry = writer.put(key, dataclasses.replace(result, factors=factors), *digests)
+                self._writing.acquire()
+            try:
+                factors = _converted(result.factors, self.dtype)
+                entry = writer.put(key, dataclasses.replace(result, factors=factors), *digests)
+            finally:
+                self._writing.release()
             self._count("decompositions")
             self._hold(key, factors)
         with self._lock:
@@ -352,7 +362,7 @@ def opener(source: WeightSource, expert: str) -> Callable[[], WeightSource]:
     return functools.partial(open_source, [named[name] for name in names], [source.experts[0], *names])
 
 
-def _folder_of(text: str) -> Path:
+def _folder_of(text: str) -> AnyPath:
     return resolve_folder(text.partition("=")[2]).resolve()
 
 

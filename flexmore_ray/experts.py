@@ -5,16 +5,15 @@
 
 Actors reserve no CPU, so they run beside whatever works on the same cluster. Ray restarts one that died, on
 another node if it must, and repeats the calls that it had in hand; what they gave before comes from the store with
-the same bits. So the store's folder must be one that all nodes see.
+the same bits. One whose node drains finishes the matrix that it decomposes and moves. So the store's folder must be
+one that all nodes see.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -25,11 +24,12 @@ from torch import Tensor
 from flexmore_ray.build import StoreWriter, check_max_rank, matrix_keys
 from flexmore_ray.errors import FlexmoreError, StoreError, UsageError
 from flexmore_ray.expert import MEMORY, Expert, Holdings, opener
-from flexmore_ray.metrics import observe_expert
+from flexmore_ray.metrics import ExpertMetrics
 from flexmore_ray.placement import Needs, check_room, offer
-from flexmore_ray.runtime import nodes
+from flexmore_ray.runtime import move_when_leaving, nodes
 from flexmore_ray.spec import MatrixKey, ModelShape, suggest
 from flexmore_ray.spectra import Factors
+from flexmore_ray.storage import AnyPath, open_path
 from flexmore_ray.store import (
     STORE_DTYPES,
     Entry,
@@ -74,7 +74,7 @@ class ExpertActors:
         actors: Mapping[str, Any],
         source: WeightSource | None,
         shape: ModelShape,
-        folder: Path,
+        folder: AnyPath,
         dtype: str,
         transport: Callable[[Place, Place], str | None] | None = None,
     ) -> None:
@@ -340,7 +340,7 @@ def _line(error: BaseException) -> str:
 
 def start_experts(
     source: WeightSource,
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     num_gpus: float = 0,
     device: str | None = None,
@@ -349,6 +349,7 @@ def start_experts(
     max_rank: int | None = None,
     dtype: str = "float32",
     wait: float = START_SECONDS,
+    run: str = "decompose",
 ) -> ExpertActors:
     """Start one actor for each domain expert of a source, spread over the nodes.
 
@@ -367,13 +368,14 @@ def start_experts(
         max_rank: highest rank to decompose to and to serve, inclusive; None means all.
         dtype: of the factors: float32, bfloat16 or float16.
         wait: seconds that the actors may take to come up.
+        run: what they belong to, in words, for their names and metrics.
 
     Raises:
         UsageError: no node has what an actor asks for, `pin` names an unknown expert, or an option breaks its rule.
         StoreError: the folder cannot be written, or holds a store of another dtype.
         FlexmoreError: an actor did not come up in time.
     """
-    folder, names = Path(folder).resolve(), source.experts[1:]
+    folder, names = open_path(folder).resolve(), source.experts[1:]
     for name in pin or {}:
         if name not in names:
             raise UsageError(f"pin: no domain expert is called {name!r}; {suggest(name, names)}")
@@ -383,17 +385,18 @@ def start_experts(
         check_digests(folder, read_entries(writer.committed), source)
     needs = {name: Needs(num_gpus=num_gpus, pin=(pin or {}).get(name)) for name in names}
     check_room({f"expert {name}": need for name, need in needs.items()}, nodes())
-    run = uuid.uuid4().hex[:4]
+    unique = uuid.uuid4().hex[:4]
     settings = {
         "dtype": dtype,
         "max_rank": max_rank,
         "memory": memory,
         "device": device or ("cuda" if num_gpus else "cpu"),
         "threads": max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, len(names))),
+        "run": run,
     }
     actor, transport = actor_class(direct=num_gpus > 0), direct_transport if num_gpus else None
     actors = {
-        name: actor.options(name=f"expert:{name}:{run}", **needs[name].options()).remote(
+        name: actor.options(name=f"expert:{name}:{run}:{unique}", **needs[name].options()).remote(
             name, opener(source, name), folder, **settings
         )
         for name in names
@@ -409,7 +412,7 @@ def start_experts(
 
 def decompose_on_cluster(
     source: WeightSource,
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     max_rank: int | None = None,
     dtype: str = "float32",
@@ -454,9 +457,12 @@ def _wait_for(actors: Mapping[str, Any], needs: Mapping[str, Needs], seconds: fl
 class ExpertActor(Expert):
     """An expert whose answers are made for sending, and who reports to Ray's metrics."""
 
-    def __init__(self, name: str, *arguments: Any, threads: int, **settings: Any) -> None:
-        super().__init__(name, *arguments, observe=functools.partial(observe_expert, name), **settings)
+    def __init__(self, name: str, *arguments: Any, threads: int, run: str, **settings: Any) -> None:
+        metrics = ExpertMetrics(run, name)
+        super().__init__(name, *arguments, observe=metrics.happened, **settings)
+        metrics.watch(lambda: (self._cache.bytes, self._cache.budget))
         torch.set_num_threads(threads)
+        move_when_leaving(self.rest)
 
     def packed(self, ranks: Mapping[MatrixKey, int]) -> Any:
         """`truncations`, for the object store."""

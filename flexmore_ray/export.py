@@ -1,7 +1,7 @@
 """Write a mixture as a folder that other tools read: `flex_more`, `flexolmo` or `peft`.
 
 Every export is made under another name, read back and compared with what was meant, and only then
-given its name.
+given its name, or sent to its object store.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from flexmore_ray.mixture import MixtureLike, Parts, open_mixture, parse_dtype, 
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import FULL, PROJECTIONS, MatrixKey
 from flexmore_ray.spectra import Factors
+from flexmore_ray.storage import AnyPath, open_path
 
 EXPORT_FORMATS = ("flex_more", "flexolmo", "peft")
 
 
 def export_mixture(
     mixture: MixtureLike,
-    out: str | Path,
+    out: str | AnyPath,
     format: str,
     *,
     dtype: str | torch.dtype | None = None,
     experts: Sequence[str] | None = None,
-) -> Path:
+) -> AnyPath:
     """Write a mixture as a folder that other tools read, and read it back before calling it done.
 
     Args:
@@ -62,7 +63,7 @@ def export_mixture(
     """
     if format not in EXPORT_FORMATS:
         raise UsageError(f"--format: one of {', '.join(EXPORT_FORMATS)} is needed, got {format!r}")
-    out = Path(out)
+    out = open_path(out)
     check_new(out)
     parts = open_mixture(mixture, experts)
     with new_folder(out) as folder:

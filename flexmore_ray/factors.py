@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from flexmore_ray.errors import StoreError
 from flexmore_ray.experts import start_experts
@@ -15,10 +14,11 @@ from flexmore_ray.placement import Needs, check_room
 from flexmore_ray.runtime import nodes, on_running_cluster
 from flexmore_ray.source import Source
 from flexmore_ray.spec import MixtureSpec
+from flexmore_ray.storage import AnyPath, open_path
 from flexmore_ray.store import FactorSource, FactorStore, open_store
 
 
-def open_parts(spec: MixtureSpec, store: str | Path | None) -> tuple[Parts, Path]:
+def open_parts(spec: MixtureSpec, store: str | AnyPath | None) -> tuple[Parts, AnyPath]:
     """The parts of a mixture, and the folder in which its factors are kept.
 
     Args:
@@ -28,15 +28,15 @@ def open_parts(spec: MixtureSpec, store: str | Path | None) -> tuple[Parts, Path
     Raises:
         UsageError, CheckpointError, StoreError: see `open_mixture`.
     """
-    if store and (Path(store) / "manifest.json").exists():  # its dtype is part of every mixture's identity
+    if store and (open_path(store) / "manifest.json").exists():  # its dtype is part of every mixture's identity
         spec = dataclasses.replace(spec, store=str(store))
     parts = open_mixture(spec)
     if spec.source:
         parts = dataclasses.replace(parts, spec=dataclasses.replace(parts.spec, store=None))
-    return parts, Path(store).resolve() if store else CachedFactors(parts.source, 1).folder
+    return parts, open_path(store).resolve() if store else CachedFactors(parts.source, 1).folder
 
 
-def base_spec(parts: Parts, folder: Path) -> MixtureSpec:
+def base_spec(parts: Parts, folder: AnyPath) -> MixtureSpec:
     """The source of some parts with every expert full, as a worker anywhere opens it.
 
     Args:
@@ -50,12 +50,13 @@ def base_spec(parts: Parts, folder: Path) -> MixtureSpec:
 @contextlib.contextmanager
 def serve_factors(
     parts: Parts,
-    folder: Path,
+    folder: AnyPath,
     max_rank: int,
-    worker: Needs,
+    worker: Needs | None,
     *,
     expert_gpus: float = 0,
     pin: Mapping[str, str] | None = None,
+    run: str,
 ) -> Iterator[FactorSource]:
     """Factors of every delta, for as long as the block runs; Ray must be initialised.
 
@@ -63,9 +64,11 @@ def serve_factors(
         parts: what the factors are of.
         folder: the store that they are read from and written to.
         max_rank: the highest rank to serve, inclusive.
-        worker: what one worker of the run asks of a node, next to the expert actors.
+        worker: what one worker of the run asks of a node, next to the expert actors; None where an autoscaler may add
+            nodes for them.
         expert_gpus: GPUs of one expert actor; fractions are allowed.
         pin: by expert, the nodes that its actor may run on; see `start_experts`.
+        run: what the factors are for, in words, for the actors' names and metrics.
 
     Raises:
         UsageError: no node has what an actor asks for.
@@ -78,7 +81,8 @@ def serve_factors(
             yield store
             return
     experts = {name: Needs(num_gpus=expert_gpus, pin=(pin or {}).get(name)) for name in source.experts[1:]}
-    check_room({"worker": worker, **{f"expert {name}": needs for name, needs in experts.items()}}, nodes())
+    beside = {"worker": worker} if worker else {}
+    check_room(beside | {f"expert {name}": needs for name, needs in experts.items()}, nodes())
     actors = start_experts(
         source,
         folder,
@@ -86,6 +90,7 @@ def serve_factors(
         max_rank=max_rank,
         pin=pin,
         dtype=str(dtype).removeprefix("torch."),
+        run=run,
     )
     try:
         yield actors
@@ -96,7 +101,7 @@ def serve_factors(
         actors.close()
 
 
-def _complete_store(folder: Path, source: Source, max_rank: int) -> FactorStore | None:
+def _complete_store(folder: AnyPath, source: Source, max_rank: int) -> FactorStore | None:
     """The store in a folder, if it has every factor of a source up to a rank."""
     try:
         store = open_store(folder)

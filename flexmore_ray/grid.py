@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from flexmore_ray.atomic import alone, remove_abandoned, write_file
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.factors import base_spec, open_parts, serve_factors
-from flexmore_ray.metrics import GridMetrics
+from flexmore_ray.metrics import GridMetrics, reporting
 from flexmore_ray.mixture import Parts, parse_dtype
 from flexmore_ray.placement import Needs, check_room
 from flexmore_ray.plan import (
@@ -40,9 +41,10 @@ from flexmore_ray.plan import (
 )
 from flexmore_ray.pool import Pool, Queue, Unit
 from flexmore_ray.results import commit_cell, done_cells, read_cells
-from flexmore_ray.runtime import cluster, nodes
+from flexmore_ray.runtime import cluster, nodes, on_running_cluster
 from flexmore_ray.scores import PreparedTask, TaskScore, TaskSet, iter_shards, load_tasks
 from flexmore_ray.spec import suggest
+from flexmore_ray.storage import AnyPath, StorageError, matching
 from flexmore_ray.store import FactorSource
 from flexmore_ray.worker import Worker
 
@@ -70,7 +72,7 @@ class Options:
     """By expert, the nodes that its actor may run on; see `start_experts`."""
     dtype: str | None = None
     """What workers compute in; None: float32 on the CPU, the checkpoint's own dtype on a GPU."""
-    store: Path | None = None
+    store: AnyPath | None = None
     """Folder of the factors; None: the plan's store, else one in the cache."""
     shard_documents: int = SHARD_DOCUMENTS
     """A task with more documents is split into parts of at most about so many."""
@@ -129,7 +131,7 @@ class Grid:
             results are of other weights.
     """
 
-    def __init__(self, plan: Plan, results: Path, options: Options) -> None:
+    def __init__(self, plan: Plan, results: AnyPath, options: Options) -> None:
         self.plan, self.results, self.options = plan, results, options
         self.parts, self.store = open_parts(plan.spec(), options.store or plan.store)
         options.check_experts(self.parts.source.experts)
@@ -195,7 +197,7 @@ class Grid:
     def check_results(self) -> None:
         """Refuse a folder with the results of a plan on other weights."""
         ours = self.record()
-        for path in sorted((self.results / "plans").glob("*.json")):
+        for path in matching(self.results / "plans", "*.json"):
             theirs = read_record(path)
             for name, digest in ours["digests"].items():
                 if theirs.get("digests", {}).get(name, digest) != digest or theirs["weights"] != ours["weights"]:
@@ -253,7 +255,7 @@ class Grid:
         return any(mixture.uses_factors for mixture in self.mixtures)
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: AnyPath) -> dict[str, Any]:
     """A record of `results/plans/`.
 
     Raises:
@@ -262,11 +264,13 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {name: record[name] for name in ("source", "weights", "digests")} | record
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FlexmoreError(f"{path}: not a plan's record ({error}); delete it, the cells stay") from error
 
 
-def write_record(results: Path, record: Mapping[str, Any]) -> None:
+def write_record(results: AnyPath, record: Mapping[str, Any]) -> None:
     """Write a plan's record whole."""
     path = results / "plans" / record_name(record)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,17 +308,19 @@ def run_grid(grid: Grid, worker: type[Worker] = Worker) -> Outcome:
             return Outcome(computed=0, failed={}, seconds=0.0)
         remove_abandoned(grid.results)
         options = grid.options
-        with cluster(), contextlib.ExitStack() as stack:
-            check_room({"worker": options.needs}, nodes())
+        with cluster(runs=f"grid {grid.plan.name}"), contextlib.ExitStack() as stack:
+            if options.workers is None or not on_running_cluster():  # else an autoscaler may add nodes for them
+                check_room({"worker": options.needs}, nodes())
             factors: FactorSource | None = None
             if grid.uses_factors:
                 served = serve_factors(
                     grid.parts,
                     grid.store,
                     grid.hold_rank,
-                    options.needs,
+                    options.needs if options.workers is None or not on_running_cluster() else None,
                     expert_gpus=options.expert_gpus,
                     pin=options.pin,
+                    run=f"grid:{grid.plan.name}",
                 )
                 factors = stack.enter_context(served)
             return _Run(grid, factors, worker).run()
@@ -326,7 +332,7 @@ class _Run:
     def __init__(self, grid: Grid, factors: FactorSource | None, worker: type[Worker]) -> None:
         self._grid = grid
         self._pool = Pool(self._creator(factors, worker), grid.options.needs, grid.options.workers)
-        self._metrics = GridMetrics(grid.plan.name)
+        self._metrics = GridMetrics(grid.plan.name, grid.options.needs)
         self._weights = grid.parts.weights
         self._writers = ThreadPoolExecutor(max_workers=_WRITERS)
         self._commits: dict[Future[str], str] = {}  # under way, with the cell of each
@@ -341,13 +347,21 @@ class _Run:
         tasks = {plan.split: {"tasks": grid.tasks.suite, "limit": plan.limit, "seed": plan.seed}}
         base = base_spec(grid.parts, grid.store)
         remote = ray.remote(max_restarts=0, **options.needs.options())(worker)
-        return lambda: remote.remote(base, tasks, factors, options.device, grid.dtype, grid.hold_rank)
+        run, numbers = uuid.uuid4().hex[:4], itertools.count(1)
+
+        def create() -> Any:
+            name = f"grid:{plan.name}:worker-{next(numbers)}:{run}"
+            named = remote.options(name=name)
+            return named.remote(base, tasks, factors, options.device, grid.dtype, grid.hold_rank)
+
+        return create
 
     def run(self) -> Outcome:
         """Work off all cells."""
         start = time.monotonic()
         queue = Queue(self._units(self._grid.missing))
-        with contextlib.closing(self._pool), self._writers, _bar(self._grid) as bar:
+        progress = reporting(self._report)
+        with progress, contextlib.closing(self._pool), self._writers, _bar(self._grid) as bar:
             while queue or self._commits:
                 for unit, result in self._pool.run(queue):
                     self._receive(unit.tag, result)
@@ -369,10 +383,14 @@ class _Run:
             for added in self._units(self._advance()):
                 queue.add(added)
             status = "failed" if name in self._failed else "done"
-            self._metrics.committed(status, self._grid.left - len(self._failed), self._pool.working)
+            self._metrics.committed(status)
             bar.total = self._grid.total
             bar.set_postfix_str(f"{self._pool.working} workers", refresh=False)
             bar.update()
+
+    def _report(self) -> None:
+        grid = self._grid
+        self._metrics.report(grid.total, grid.left - len(self._failed), self._pool.working)
 
     def _advance(self) -> Mapping[str, Cell]:
         """The cells of the second stage, once the first is over."""

@@ -7,7 +7,6 @@ fitted together in closed form from moments that every owner can compute alone (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -17,14 +16,15 @@ from flexmore_ray.mixture import load_mixture
 from flexmore_ray.router import RIDGE, TEMPERATURE, batch_texts, fit_rows, gather_moments, read_texts
 from flexmore_ray.source import Source, flexolmo_plan, open_source, with_missing_rows
 from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, suggest
+from flexmore_ray.storage import AnyPath
 
 
 def merge(
     sources: Sequence[str],
-    out: Path,
+    out: AnyPath,
     *,
     names: Sequence[str] | None = None,
-    data: Mapping[str, Path] | None = None,
+    data: Mapping[str, AnyPath] | None = None,
     ridge: float = RIDGE,
     temperature: float = TEMPERATURE,
     active: int | None = None,
@@ -64,7 +64,7 @@ def merge(
     return source
 
 
-def fit_router(source: Source, data: Mapping[str, Path], *, ridge: float, temperature: float) -> Tensor:
+def fit_router(source: Source, data: Mapping[str, AnyPath], *, ridge: float, temperature: float) -> Tensor:
     """Router rows (layers, experts, hidden), each expert's moments from its own data and model alone.
 
     The public expert's moments come from the public model, a domain expert's from its two-expert

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from flexmore_ray.budget import ParameterCount, count_parameters
 from flexmore_ray.build import build_store
-from flexmore_ray.checkpoint import DTYPES, shared_tensors
+from flexmore_ray.cache import cache_folder, local_folder
+from flexmore_ray.checkpoint import DTYPES, TOKENIZER_FILES, shared_tensors
 from flexmore_ray.errors import UsageError
 from flexmore_ray.modeling import (
     DENSE,
@@ -37,6 +37,7 @@ from flexmore_ray.modeling import (
 from flexmore_ray.source import Guest, Source, open_source
 from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape, suggest
 from flexmore_ray.spectra import Factors
+from flexmore_ray.storage import AnyPath, StorageError, open_path
 from flexmore_ray.store import FactorSource, open_store, parse_device
 
 _OUTPUT_CONFIG = (
@@ -44,20 +45,14 @@ _OUTPUT_CONFIG = (
     *("norm_topk_prob", "attention_bias", "tie_word_embeddings", "max_position_embeddings"),
 )
 """Config entries that decide what the same weights compute, or how much they are given to read."""
-MixtureLike = str | Path | MixtureSpec
-
-
-def cache_folder() -> Path:
-    """Where stores go that nobody named: ``FLEXMORE_CACHE``, else ``flexmore`` in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FLEXMORE_CACHE") or Path(home) / "flexmore")
+MixtureLike = str | AnyPath | MixtureSpec
 
 
 def read_spec(mixture: MixtureLike, experts: Sequence[str] | None = None) -> MixtureSpec:
     """A spec from a mixture file, a SOURCE (every expert full), or a spec.
 
     Args:
-        mixture: the path of a YAML file, a SOURCE string, or a spec.
+        mixture: the path or URI of a YAML file, a SOURCE string, or a spec.
         experts: names for the experts of an N-expert checkpoint; None keeps what the mixture says.
     """
     if isinstance(mixture, MixtureSpec):
@@ -177,7 +172,7 @@ def open_mixture(
         StoreError: its store cannot be read, or was made from other weights.
     """
     spec = read_spec(mixture, experts)
-    store = open_store(Path(spec.store)) if spec.store else None
+    store = open_store(spec.store) if spec.store else None
     if source is None and spec.source:
         source = open_source(spec.source, spec.experts, guests)
     elif source is None:
@@ -189,7 +184,7 @@ def open_mixture(
     spec = dataclasses.replace(
         spec,
         source=tuple(source.describe()) if spec.source else (),
-        store=str(Path(spec.store).resolve()) if spec.store else None,
+        store=str(open_path(spec.store).resolve()) if spec.store else None,
     )
     assignment = _assign(spec, source)
     return Parts(spec, source, factors or store or CachedFactors(here, assignment.highest_rank), assignment)
@@ -320,7 +315,8 @@ class Mixture:
         model.tie_weights()
         model.to(self._dtype).requires_grad_(False)
         if (source.trunk.folder / GENERATION_CONFIG_NAME).exists():  # which may end texts at other tokens
-            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(source.trunk.folder).eos_token_id
+            folder = local_folder(source.trunk.folder, [GENERATION_CONFIG_NAME])
+            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(folder).eos_token_id
         return model
 
     def _switch(self, parts: Parts, before: Assignment | None) -> None:
@@ -442,9 +438,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     folder = source.trunk.folder
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: no tokenizer that transformers can load: {error}") from error
+        here = local_folder(folder, (*TOKENIZER_FILES, "config.json"))
+        return AutoTokenizer.from_pretrained(here, trust_remote_code=False)
+    except StorageError:
+        raise
+    except Exception as error:  # a damaged file makes the libraries raise what it happens to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UsageError(f"{folder}: no tokenizer that transformers can load ({reason})") from error
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -40,6 +40,7 @@ from flexmore_ray.results import CellKey
 from flexmore_ray.scores import Split, TaskSet
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, check_matrix_rank, read_yaml, suggest
+from flexmore_ray.storage import AnyPath, open_path
 from flexmore_ray.store import open_store
 from flexmore_ray.suites import Group
 
@@ -72,7 +73,7 @@ class Plan:
     """Entries as in the YAML file."""
     preset: str | None = None
     """The preset it was made from; None for any other."""
-    folder: Path = Path()
+    folder: AnyPath = Path()
     """What relative paths of mixture files are relative to."""
 
     def __post_init__(self) -> None:
@@ -95,7 +96,7 @@ class Plan:
         return MixtureSpec.from_dict({k: v for k, v in data.items() if v}, where=f"plan {self.name}")
 
 
-def read_plan(path: str | Path | None = None, preset: str | None = None, **given: Any) -> Plan:
+def read_plan(path: str | AnyPath | None = None, preset: str | None = None, **given: Any) -> Plan:
     """A plan from a YAML file or a preset.
 
     Args:
@@ -112,7 +113,7 @@ def read_plan(path: str | Path | None = None, preset: str | None = None, **given
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: unknown preset {preset!r}; {suggest(preset, list(PRESETS))}")
     data: dict[str, Any] = (
-        _read_file(Path(path)) if path is not None else {"name": preset, "mixtures": list(PRESETS[preset or ""])}
+        _read_file(open_path(path)) if path is not None else {"name": preset, "mixtures": list(PRESETS[preset or ""])}
     )
     where = str(path) if path is not None else f"preset {preset}"
     for key in data:
@@ -120,7 +121,7 @@ def read_plan(path: str | Path | None = None, preset: str | None = None, **given
             raise UsageError(f"{where}: unknown key {key!r}; {suggest(str(key), _PLAN_KEYS)}")
     if given.get("source") or given.get("store"):
         data = {k: v for k, v in data.items() if k not in ("source", "store")}
-    data = {"name": Path(path or "").stem or "plan"} | data | {k: v for k, v in given.items() if v is not None}
+    data = {"name": open_path(path or "").stem or "plan"} | data | {k: v for k, v in given.items() if v is not None}
     if not data.get("source") and not data.get("store"):
         raise UsageError(f"{where}: a plan names its source or its store, got neither; see --source")
     for key in ("source", "tasks"):
@@ -130,10 +131,10 @@ def read_plan(path: str | Path | None = None, preset: str | None = None, **given
     data["mixtures"] = tuple(data.get("mixtures") or ())
     experts = data.get("experts")
     data["experts"] = None if experts is None else tuple(_strings(experts, f"{where}: experts"))
-    return Plan(**data, preset=preset, folder=Path(path).parent if path is not None else Path())
+    return Plan(**data, preset=preset, folder=open_path(path).parent if path is not None else Path())
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: AnyPath) -> dict[str, Any]:
     data = read_yaml(path, "plan file")
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a plan is a mapping with keys {', '.join(_PLAN_KEYS)}")
@@ -259,7 +260,7 @@ def _word(rank: Any) -> str:
 def _from_file(plan: Plan, file: str, parts: Parts) -> Wanted:
     path = plan.folder / file
     spec = MixtureSpec.load(path)
-    store = open_store(Path(spec.store)) if spec.store else None
+    store = open_store(spec.store) if spec.store else None
     source = spec.source or (store.sources if store else ())
     ours, theirs = parts.source.describe(), open_source(source, spec.experts).describe()
     if theirs != ours:

@@ -4,7 +4,7 @@ Ray Data's actor pool hands out blocks in order: it can neither prefer the units
 nor add units that depend on the results of others, and the grid needs both. Here the queue is in the driver:
 an actor takes units of the group that it has in memory, else a group that nobody has begun, else it helps
 with the largest one. Actors come with the nodes that join and go with those that leave; the units of one that
-died go back into the queue.
+died go back into the queue. On a node that drains an actor finishes the unit that it computes, if it can, and ends.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.placement import Needs, offer
-from flexmore_ray.runtime import nodes
+from flexmore_ray.runtime import died_with_its_node, leaving, nodes, staying
 
 MAX_DEATHS = 5
 """A unit during which this many actors died, on nodes that lived on, has failed: it takes too much memory, say."""
 _LOOK_SECONDS = 1.0  # how often the pool looks at the nodes
 _PATIENCE_SECONDS = 60.0
+_IDLE_SECONDS = 60.0  # without work, after which an actor's node is better given back
 _AHEAD = 2  # units given to an actor at once, so that it never waits for the driver
 
 
@@ -87,6 +88,8 @@ class _Member:
     """What it has in hand, by the reference of the result."""
     ready: Any = None
     """Reference of the call `start`."""
+    busy: float = dataclasses.field(default_factory=time.monotonic)
+    """When it last had work, or was made."""
 
 
 class Pool:
@@ -102,7 +105,8 @@ class Pool:
     def __init__(self, create: Callable[[], Any], needs: Needs, size: int | None = None) -> None:
         self._create, self._needs, self._size = create, needs, size
         self._members: list[_Member] = []
-        self._losses: collections.Counter[Unit] = collections.Counter()
+        self._leaving: set[str] = set()  # nodes that drain
+        self._losses: dict[Unit, list[str | None]] = {}  # by unit, the nodes on which it was lost
         self._looked = 0.0
         self._since, self._said = time.monotonic(), False
         self._stillborn = 0  # actors in a row that died before they were ready
@@ -122,8 +126,11 @@ class Pool:
         """
         while queue or any(member.units for member in self._members):
             self._resize(len(queue))
-            for member in self._members:
-                self._feed(member, queue)
+            for member in list(self._members):
+                if member.node in self._leaving:
+                    self._vacate(member, queue)
+                else:
+                    self._feed(member, queue)
             yield from self._collect(queue)
 
     def close(self) -> None:
@@ -141,11 +148,19 @@ class Pool:
             self._said = True
             waited = f"no worker has started in {_PATIENCE_SECONDS:.0f} s; each asks for {self._needs} on one node"
             print(f"note: {waited}, and the cluster has {offer(nodes())}; waiting", file=sys.stderr, flush=True)
-        wanted = sum(map(self._needs.capacity, nodes())) if self._size is None else self._size
-        busy = sum(bool(member.units) for member in self._members)
-        for _ in range(len(self._members), int(min(wanted, busy + waiting))):
+        self._leaving = leaving()
+        stay = [node for node in nodes() if node["NodeID"] not in self._leaving]
+        wanted = sum(map(self._needs.capacity, stay)) if self._size is None else self._size
+        members = [member for member in self._members if member.node not in self._leaving]
+        busy = sum(bool(member.units) for member in members)
+        for _ in range(len(members), int(min(wanted, busy + waiting))):
             actor = self._create()
             self._members.append(_Member(actor=actor, ready=actor.start.remote()))
+        for member in members:
+            if member.units or waiting:
+                member.busy = self._looked
+            elif self._looked - member.busy > _IDLE_SECONDS:
+                self._dismiss(member)
 
     def _feed(self, member: _Member, queue: Queue) -> None:
         if member.node is None:
@@ -156,6 +171,17 @@ class Pool:
             unit = queue.take(member.group, begun)
             member.group = unit.group
             member.units[member.actor.run.remote(*unit.arguments)] = unit
+
+    def _vacate(self, member: _Member, queue: Queue) -> None:
+        """Leave a node that drains: no more than the unit that is computed now, and then nothing."""
+        for reference in reversed(list(member.units)[1:]):
+            queue.add(member.units.pop(reference), first=True)
+        if not member.units:
+            self._dismiss(member)
+
+    def _dismiss(self, member: _Member) -> None:
+        self._members.remove(member)
+        ray.kill(member.actor)
 
     def _collect(self, queue: Queue) -> Iterator[tuple[Unit, Any]]:
         """Results that are there, after waiting for one at most as long as the pool may look away."""
@@ -186,7 +212,7 @@ class Pool:
             raise FlexmoreError(f"a worker cannot start: {_reason(error)}") from error
         except RayError as error:  # died before it was ready: the next look replaces it
             self._members.remove(member)
-            self._stillborn += 1
+            self._stillborn += not died_with_its_node(member.actor)
             if self._stillborn >= MAX_DEATHS:
                 raise FlexmoreError(f"{MAX_DEATHS} workers in a row died while they started: {_line(error)}") from error
         else:
@@ -203,7 +229,7 @@ class Pool:
             return
         except ObjectLostError as error:  # the result went with its node
             del member.units[reference]
-            yield from self._again(unit, queue, error)
+            yield from self._again(unit, queue, member.node, error)
             return
         except RayError as error:  # a result that cannot be read here
             result = FlexmoreError(_line(error))
@@ -212,19 +238,23 @@ class Pool:
 
     def _bury(self, member: _Member, queue: Queue) -> Iterator[tuple[Unit, Any]]:
         """Put back the units of an actor that died; only the first of them can be the cause."""
-        self._members.remove(member)
-        alive = any(node["NodeID"] == member.node for node in nodes())
+        self._dismiss(member)  # it may yet live, where the network was to blame
         for position, unit in reversed(list(enumerate(member.units.values()))):
-            if position == 0 and alive:
-                yield from self._again(unit, queue, f"{MAX_DEATHS} workers died while they computed it; out of memory?")
+            if position == 0:
+                text = f"{MAX_DEATHS} workers died while they computed it; out of memory?"
+                yield from self._again(unit, queue, member.node, text)
             else:
                 queue.add(unit, first=True)
         self._looked = 0.0
 
-    def _again(self, unit: Unit, queue: Queue, reason: object) -> Iterator[tuple[Unit, Any]]:
-        """Put back a unit that was lost, unless that was so often that it is to blame."""
-        self._losses[unit] += 1
-        if self._losses[unit] < MAX_DEATHS:
+    def _again(self, unit: Unit, queue: Queue, node: str | None, reason: object) -> Iterator[tuple[Unit, Any]]:
+        """Put back a unit that was lost, unless that was so often that it is to blame.
+
+        An actor's end is often known before that of its node, so it is only now that earlier nodes are looked at.
+        """
+        there = {other["NodeID"] for other in staying()}
+        self._losses[unit] = [place for place in (*self._losses.get(unit, ()), node) if place in there]
+        if len(self._losses[unit]) < MAX_DEATHS:
             queue.add(unit, first=True)
         else:
             yield unit, FlexmoreError(_line(reason))

@@ -4,8 +4,8 @@
     DIR/samples/{cell}.parquet     one row per document
 
 `{cell}` is a hash of everything that decides the result (`CellKey`). Samples are written before the cell, and
-each file under a temporary name that is renamed at the end: a cell that exists is complete. Files are the
-truth; there is no index and no lock, and two workers that finish the same cell write the same file.
+each file appears whole or not at all: a cell that exists is complete. Files are the truth; there is no index and no
+lock, and two workers that finish the same cell write the same file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexmore_ray.atomic import write_file
 from flexmore_ray.errors import FlexmoreError
+from flexmore_ray.storage import AnyPath, RemotePath, StorageError, at_once, open_path
 
 if TYPE_CHECKING:
     from flexmore_ray.scores import Sample, TaskScore
@@ -68,6 +68,8 @@ SAMPLE_SCHEMA = pa.schema(
         ("metrics", pa.string()),  # JSON: a list of [metric, filter, value]
     ]
 )
+_TABLE_BYTES = 2**29  # of one file in memory; the samples of the largest task are a hundredth of it
+_PIECE_BYTES = 2**27
 _LIBRARIES = ("datasets", "flexmore-ray", "lm-eval", "torch", "transformers")
 
 
@@ -119,7 +121,7 @@ def library_versions() -> dict[str, str]:
 
 
 def commit_cell(
-    root: str | Path,
+    root: str | AnyPath,
     key: CellKey,
     score: TaskScore | None,
     *,
@@ -150,7 +152,7 @@ def commit_cell(
         FlexmoreError: The folder cannot be written, or the disk is full. No half file stays, and no cell.
     """
     if score is not None:
-        _write(Path(root) / "samples", key.cell, _sample_table(key, score.samples))
+        _write(open_path(root) / "samples", key.cell, _sample_table(key, score.samples))
     row = {
         "mixture_id": key.mixture_id,
         "mixture": json.dumps(mixture, sort_keys=True),
@@ -166,7 +168,7 @@ def commit_cell(
     }
     if score is not None:
         row |= {name: getattr(score, name) for name in ("metric", "value", "stderr", "documents", "seconds")}
-    _write(Path(root) / "cells", key.cell, pa.Table.from_pylist([row], schema=CELL_SCHEMA))
+    _write(open_path(root) / "cells", key.cell, pa.Table.from_pylist([row], schema=CELL_SCHEMA))
     return key.cell
 
 
@@ -188,12 +190,14 @@ def _sample_table(key: CellKey, samples: Iterable[Sample]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
 
 
-def _write(folder: Path, name: str, table: pa.Table) -> None:
+def _write(folder: AnyPath, name: str, table: pa.Table) -> None:
     """Write a table so that `{name}.parquet` has all of it or is not there."""
     final = folder / f"{name}.parquet"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(final, lambda file: pq.write_table(table, file))
+    except StorageError:
+        raise
     except OSError as error:
         raise FlexmoreError(
             f"cannot write results to {final}: {error.strerror or error}; free space or choose another folder"
@@ -203,55 +207,55 @@ def _write(folder: Path, name: str, table: pa.Table) -> None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def has_cell(root: str | Path, key: CellKey) -> bool:
+def has_cell(root: str | AnyPath, key: CellKey) -> bool:
     """Whether a cell is there and did not fail."""
-    path = Path(root) / "cells" / f"{key.cell}.parquet"
+    path = open_path(root) / "cells" / f"{key.cell}.parquet"
     return path.exists() and read_cell(root, key)["status"] == DONE
 
 
-def done_cells(root: str | Path, cells: Iterable[str]) -> set[str]:
+def done_cells(root: str | AnyPath, cells: Iterable[str]) -> set[str]:
     """Those of some cells (hashes) that are there with their samples, and did not fail.
 
     Raises:
         FlexmoreError: The folder cannot be read, or a file in it is damaged (named).
     """
-    folder = Path(root) / "cells"
-    there, sampled = (_names(Path(root) / name) for name in ("cells", "samples"))
+    folder = open_path(root) / "cells"
+    there, sampled = (_names(open_path(root) / name) for name in ("cells", "samples"))
     found = [cell for cell in cells if f"{cell}.parquet" in there & sampled]
     status = _read([folder / f"{cell}.parquet" for cell in found], pa.schema([("status", pa.string())]))["status"]
     return {cell for cell, value in zip(found, status.to_pylist(), strict=True) if value == DONE}
 
 
-def _names(folder: Path) -> set[str]:
+def _names(folder: AnyPath) -> set[str]:
     try:
-        return {entry.name for entry in os.scandir(folder)}
+        return {path.name for path in folder.iterdir()} if isinstance(folder, RemotePath) else set(os.listdir(folder))
     except FileNotFoundError:
         return set()
     except OSError as error:
         raise FlexmoreError(f"results: {folder} cannot be read: {error.strerror}") from error
 
 
-def read_cell(root: str | Path, key: CellKey) -> dict[str, Any]:
+def read_cell(root: str | AnyPath, key: CellKey) -> dict[str, Any]:
     """One cell as a row: the columns of `CELL_SCHEMA` by name.
 
     Raises:
         FlexmoreError: The file is missing or damaged.
     """
-    return _read([Path(root) / "cells" / f"{key.cell}.parquet"], CELL_SCHEMA).to_pylist()[0]
+    return _read([open_path(root) / "cells" / f"{key.cell}.parquet"], CELL_SCHEMA).to_pylist()[0]
 
 
-def read_cells(root: str | Path, cells: Iterable[str] | None = None) -> pa.Table:
+def read_cells(root: str | AnyPath, cells: Iterable[str] | None = None) -> pa.Table:
     """Some cells (hashes) of a results folder, or all, in the order of their hashes; none if there is no such folder.
 
     Raises:
         FlexmoreError: A file is damaged (named).
     """
-    folder = Path(root) / "cells"
+    folder = open_path(root) / "cells"
     names = [folder / f"{cell}.parquet" for cell in cells] if cells is not None else folder.glob("[!.]*.parquet")
     return _read(sorted(names), CELL_SCHEMA)
 
 
-def read_samples(root: str | Path, cells: Sequence[str] | None = None) -> pa.Table:
+def read_samples(root: str | AnyPath, cells: Sequence[str] | None = None) -> pa.Table:
     """Samples of some cells (hashes), or of all cells in a results folder.
 
     Samples whose cell was never committed are not read.
@@ -262,7 +266,7 @@ def read_samples(root: str | Path, cells: Sequence[str] | None = None) -> pa.Tab
     if cells is None:
         committed = read_cells(root)
         cells = committed.filter(pa.compute.equal(committed["status"], DONE))["cell"].to_pylist()
-    return _read([Path(root) / "samples" / f"{cell}.parquet" for cell in cells], SAMPLE_SCHEMA)
+    return _read([open_path(root) / "samples" / f"{cell}.parquet" for cell in cells], SAMPLE_SCHEMA)
 
 
 def parse_samples(table: pa.Table) -> list[Sample]:
@@ -279,13 +283,42 @@ def parse_samples(table: pa.Table) -> list[Sample]:
     ]
 
 
-def _read(paths: Sequence[Path], schema: pa.Schema) -> pa.Table:
-    tables = []
-    for path in paths:
-        try:
-            tables.append(pq.ParquetFile(path).read(schema.names).select(schema.names).cast(schema))
-        except (OSError, KeyError, ValueError) as error:
-            raise FlexmoreError(
-                f"results file {path} cannot be read ({' '.join(str(error).split())}); delete it to compute it again"
-            ) from error
+def _read(paths: Sequence[AnyPath], schema: pa.Schema) -> pa.Table:
+    tables = at_once(functools.partial(_read_file, schema=schema), paths)
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _bounded(file: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
+    """A table read in pieces: a file of some bytes can say the same long text a billion times.
+
+    Raises:
+        ValueError: it is larger than any results are.
+    """
+    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+    if size > _TABLE_BYTES:
+        _too_large()
+    if not file.metadata.num_rows:
+        return file.read(schema.names).select(schema.names).cast(schema)
+    pieces, held = [], 0
+    rows = max(1, min(file.metadata.num_rows, _PIECE_BYTES // max(1, size)))
+    for batch in file.iter_batches(rows, columns=schema.names):
+        piece = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
+        held += piece.nbytes
+        pieces.append(piece if held <= _TABLE_BYTES else _too_large())
+    return pa.concat_tables(pieces)
+
+
+def _too_large() -> NoReturn:
+    raise ValueError(f"it holds more than {_TABLE_BYTES:,} bytes")
+
+
+def _read_file(path: AnyPath, schema: pa.Schema) -> pa.Table:
+    try:
+        file = pa.BufferReader(path.read_bytes()) if isinstance(path, RemotePath) else path
+        return _bounded(pq.ParquetFile(file), schema)
+    except StorageError:
+        raise
+    except (OSError, KeyError, ValueError) as error:
+        raise FlexmoreError(
+            f"results file {path} cannot be read ({' '.join(str(error).split())}); delete it to compute it again"
+        ) from error

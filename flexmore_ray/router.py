@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexmore_ray.errors import UsageError
+from flexmore_ray.storage import AnyPath, open_path
 
 RIDGE, TEMPERATURE = 1e-5, 0.15
 """Defaults, measured on the nano mixture: a ridge of 1e-2 costs the recall tasks much, a temperature under 0.1 or
@@ -186,7 +187,7 @@ def fit_rows(moments: Mapping[str, RouterMoments], *, ridge: float = RIDGE, temp
     return torch.linalg.solve(gram + penalty, means).transpose(-2, -1) / temperature
 
 
-def read_texts(path: str | Path) -> list[str]:
+def read_texts(path: str | AnyPath) -> list[str]:
     r"""Documents of a ``--data`` file, empty ones left out.
 
     A ``.jsonl`` file holds one object with the key ``text`` a line; any other file is UTF-8 text with one document a
@@ -195,7 +196,7 @@ def read_texts(path: str | Path) -> list[str]:
     Raises:
         UsageError: the file cannot be read, a line is no such object, or no document is in it.
     """
-    path = Path(path)
+    path = open_path(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -211,7 +212,7 @@ def read_texts(path: str | Path) -> list[str]:
     return texts
 
 
-def _jsonl_text(path: Path, number: int, line: str) -> str:
+def _jsonl_text(path: AnyPath, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

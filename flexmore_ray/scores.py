@@ -44,7 +44,7 @@ DEFAULT_SEED = 1234
 BOOTSTRAP_ITERS = 100_000
 """Resamples for the standard error of metrics that have no formula for it; lm-eval's own number."""
 _PYTHON_SEED = 0  # lm-eval's own seed for Python's random, which some tasks use to order their choices
-_LOCAL_DATA = {"arrow", "csv", "json", "pandas", "parquet", "text"}
+_LOCAL_DATA = {"arrow", "csv", "json", "parquet", "text"}
 _HUB_TIMEOUT = 5.0  # seconds
 
 logger = logging.getLogger(__name__)
@@ -409,6 +409,8 @@ def _task_manager(folders: tuple[Path, ...]) -> TaskManager:
 def _load_task(manager: TaskManager, name: str) -> Task:
     settings = manager.task_index[name].cfg or {}
     where = settings.get("dataset_path")
+    if where == "pandas":
+        raise TaskError(f"task {name}: its data are pickled, which can run code when read; store them as Parquet")
     on_hub = where and "custom_dataset" not in settings and where not in _LOCAL_DATA and not Path(where).exists()
     if on_hub:
         _go_offline_if_unreachable()

@@ -1,6 +1,6 @@
 """Sources: named experts over one shared trunk, put together from checkpoints and adapters.
 
-A SOURCE string is a folder, ``zoo://nano``, a hub id, or ``name=FOLDER`` repeated; `open_source`
+A SOURCE string is a folder (or its URI), ``zoo://nano``, a hub id, or ``name=FOLDER`` repeated; `open_source`
 opens them as one `Source`, checking bit for bit what its parts must share.
 """
 
@@ -30,6 +30,7 @@ from flexmore_ray.checkpoint import (
 from flexmore_ray.errors import CheckpointError, UsageError
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape, check_names
 from flexmore_ray.spectra import Factors, decompose_factors
+from flexmore_ray.storage import AnyPath, open_path
 from flexmore_ray.zoo import zoo_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -321,12 +322,13 @@ def open_source(
 def absent_experts(sources: Sequence[str], names: Collection[str]) -> list[str]:
     """Those of `names` whose ``name=FOLDER`` has an absolute folder that is missing or not readable here."""
     parts = (text.partition("=") for text in sources)
-    folders = {name: Path(path).expanduser() for name, _, path in parts if name in names}
-    return [name for name, path in folders.items() if path.is_absolute() and not os.access(path, os.R_OK | os.X_OK)]
+    folders = {name: open_path(path) for name, _, path in parts if name in names}
+    here = {name: path.expanduser() for name, path in folders.items() if isinstance(path, Path)}
+    return [name for name, path in here.items() if path.is_absolute() and not os.access(path, os.R_OK | os.X_OK)]
 
 
-def resolve_folder(text: str) -> Path:
-    """The folder that a SOURCE string without a name points to; a hub id is downloaded.
+def resolve_folder(text: str) -> AnyPath:
+    """The folder that a SOURCE string without a name points to, here or by URI; a hub id is downloaded.
 
     Raises:
         CheckpointError: there is no such folder, embedded mixture or hub repository.
@@ -335,6 +337,8 @@ def resolve_folder(text: str) -> Path:
         return zoo_path(text.removeprefix("zoo://"))
     if not text:
         raise UsageError("source: a folder, a hub id or zoo://nano is needed, got an empty text")
+    if "://" in text:
+        return open_path(text)
     folder = Path(text).expanduser()
     # What looks like a hub id but starts with a folder that is here is a mistyped path.
     if folder.exists() or not _HUB_ID.fullmatch(text) or folder.parent.exists():
@@ -354,10 +358,10 @@ def _download(repo: str) -> Path:
         ) from error
 
 
-def _split_source(text: str, guests: Collection[str] = ()) -> tuple[str | None, Path]:
+def _split_source(text: str, guests: Collection[str] = ()) -> tuple[str | None, AnyPath]:
     name, equals, path = text.partition("=")
     if equals and name in guests:
-        return name, Path(path)
+        return name, open_path(path)
     if not equals or "/" in name or Path(text).exists():
         return None, resolve_folder(text)
     check_names([name], where=f"source {text}")
@@ -382,7 +386,7 @@ def _names_of(checkpoint: Checkpoint, names: Sequence[str] | None) -> tuple[str,
     return check_names(names, where="--experts")
 
 
-def _open_expert(folder: Path) -> Checkpoint | Adapter:
+def _open_expert(folder: AnyPath) -> Checkpoint | Adapter:
     if (folder / "adapter_config.json").exists():
         return Adapter(folder)
     checkpoint = Checkpoint(folder)

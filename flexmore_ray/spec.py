@@ -19,14 +19,14 @@ import hashlib
 import json
 import numbers
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from flexmore_ray.atomic import write_file
 from flexmore_ray.errors import UsageError
+from flexmore_ray.storage import AnyPath, RemotePath, StorageError, open_path
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FULL: Literal["full"] = "full"
@@ -39,6 +39,8 @@ ExpertRank = int | str | Mapping[str, Any]
 
 _MIXTURE_KEYS = ("source", "store", "experts", "ranks", "active")
 _ENTRY_KEYS = ("rank", "placement", "nodes")
+YAML_BYTES = 2**18
+"""A mixture, plan or suite file is never larger."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -280,10 +282,10 @@ class MixtureSpec:
             out["ranks"][name] = entry if nodes is None else entry | {"nodes": nodes}
         return out if self.active is None else out | {"active": self.active}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | AnyPath) -> None:
         """Write the mixture file (YAML)."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        write_file(Path(path), lambda file: file.write(text.encode()))
+        write_file(open_path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "mixture") -> MixtureSpec:
@@ -317,13 +319,13 @@ class MixtureSpec:
             raise UsageError(f"{where}: {error}") from None
 
     @classmethod
-    def load(cls, path: str | Path) -> MixtureSpec:
+    def load(cls, path: str | AnyPath) -> MixtureSpec:
         """Read a mixture file; relative folders in it are relative to the file.
 
         Raises:
             UsageError: the file is missing, is not YAML, or breaks a rule.
         """
-        path = Path(path)
+        path = open_path(path)
         spec = cls.from_dict(read_yaml(path, "mixture file"), where=str(path))
         source = tuple(_relative_to(item, path.parent) for item in spec.source)
         store = None if spec.store is None else _relative_to(spec.store, path.parent)
@@ -421,15 +423,17 @@ def _canonical(rank: MatrixRank, shape: ModelShape, born: int | None) -> MatrixR
     return FULL if rank == FULL or rank >= shape.full_rank else rank
 
 
-def _relative_to(item: str, folder: Path) -> str:
+def _relative_to(item: str, folder: AnyPath) -> str:
     """A folder of a mixture file as an absolute path, read relative to the file if it exists there."""
     name, equals, path = item.rpartition("=")
-    if "://" in path or not (folder / path).exists():
+    if "://" in path or (isinstance(folder, RemotePath) and path.startswith(("/", "~"))):
+        return item
+    if not (folder / path).exists():
         return item
     return f"{name}{equals}{(folder / path).resolve()}"
 
 
-def read_yaml(path: Path, what: str) -> Any:
+def read_yaml(path: AnyPath, what: str) -> Any:
     """The content of a YAML file in which no key is given twice.
 
     Args:
@@ -437,24 +441,53 @@ def read_yaml(path: Path, what: str) -> Any:
         what: what to call it in an error, such as "mixture file".
 
     Raises:
-        UsageError: it is missing, cannot be read, or is not such YAML.
+        UsageError: it is missing, cannot be read, is not such YAML, or larger than such a file ever is.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        with path.open("rb") as file:
+            raw = file.read(YAML_BYTES + 1)
+        return parse_yaml(raw.decode(), where=str(path), what=what)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such {what}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a YAML {what}: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a YAML {what}: {error}") from None
+    except StorageError:
+        raise
     except OSError as error:
         raise UsageError(f"{path}: cannot read the {what}: {error.strerror}") from None
 
 
+def parse_yaml(text: str, *, where: str, what: str) -> Any:
+    """The content of YAML text, as `read_yaml` takes it.
+
+    Raises:
+        UsageError: it is not such YAML, nested too deeply, or larger than such a file ever is.
+    """
+    if len(text) > YAML_BYTES:
+        raise UsageError(f"{where}: a {what} has at most {YAML_BYTES:,} bytes, and this one has more")
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none, or of too long a number
+        raise UsageError(f"{where}: not a YAML {what}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{where}: not a YAML {what}: nested too deeply") from None
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not a choice of the last."""
+    """YAML in which a key given twice is an error, not a choice of the last, and which grows by no reference."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of which can stand for gigabytes
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "a reference (*name) is not taken; write it out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen = set()
+        for node_of_key, _ in node.value:
+            key = self.construct_object(node_of_key, deep=True)
+            if isinstance(key, Hashable):  # any other is refused below
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+                seen.add(key)
         return super().construct_mapping(node, deep)

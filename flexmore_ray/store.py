@@ -36,9 +36,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flexmore_ray.cache import local_file
 from flexmore_ray.errors import StoreError, UsageError
 from flexmore_ray.spec import MatrixKey, ModelShape
 from flexmore_ray.spectra import Factors
+from flexmore_ray.storage import AnyPath, StorageError, open_path
 
 ALGORITHM_VERSION = 2
 """Raised whenever `spectra` comes to give other factors for the same weights."""
@@ -46,6 +48,7 @@ FORMAT = "flexmore-store-1"
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 256 << 20  # that of a million matrices is about as large
 
 Progress = Callable[[int, int, str], None]
 """Called after each matrix with: matrices done, matrices in all, what was done."""
@@ -136,7 +139,7 @@ class FactorStore:
         decomposed: matrices that the `build_store` call which returned it had to decompose.
     """
 
-    def __init__(self, folder: Path, decomposed: int = 0) -> None:
+    def __init__(self, folder: AnyPath, decomposed: int = 0) -> None:
         self.folder = folder
         self.decomposed = decomposed
         self._load(read_manifest(folder))
@@ -241,7 +244,7 @@ class FactorStore:
         _check_size(path, about["size"])
         if file_sha256(path) != about["sha256"]:
             raise StoreError(f"{path}: damaged, its SHA-256 is not the manifest's; {_REDO}")
-        rows = pq.read_table(path).to_pylist()
+        rows = pq.read_table(local_file(path)).to_pylist()
         return {
             MatrixKey(row["expert"], row["layer"], row["projection"]): torch.tensor(
                 row["singular_values"], dtype=torch.float64
@@ -253,16 +256,16 @@ class FactorStore:
 _REDO = "delete it and run flexmore decompose again"
 
 
-def open_store(folder: str | Path) -> FactorStore:
+def open_store(folder: str | AnyPath) -> FactorStore:
     """Open a finished store.
 
     Raises:
         StoreError: there is none, it was not finished, or its manifest is damaged.
     """
-    return FactorStore(Path(folder))
+    return FactorStore(open_path(folder))
 
 
-def check_digests(folder: Path, entries: Iterable[Entry], source: WeightSource) -> None:
+def check_digests(folder: AnyPath, entries: Iterable[Entry], source: WeightSource) -> None:
     """Compare the weights that entries were computed from with a source's.
 
     Raises:
@@ -282,7 +285,7 @@ def check_digests(folder: Path, entries: Iterable[Entry], source: WeightSource) 
 _ELSEWHERE = "name another folder with --store"
 
 
-def read_factors(path: Path, rank: int) -> Factors:
+def read_factors(path: AnyPath, rank: int) -> Factors:
     """The leading `rank` rows of the factors in a file, compared with their checksums; reads no more than these.
 
     Raises:
@@ -295,7 +298,7 @@ def read_factors(path: Path, rank: int) -> Factors:
     return Factors(a, bt)
 
 
-def read_spectrum(path: Path) -> Tensor:
+def read_spectrum(path: AnyPath) -> Tensor:
     """Singular values in a file of factors, float64, largest first.
 
     Raises:
@@ -305,7 +308,7 @@ def read_spectrum(path: Path) -> Tensor:
         return file.get_tensor("singular_values")
 
 
-def check_rows(path: Path, a: Tensor, bt: Tensor, checksums: Tensor) -> None:
+def check_rows(path: AnyPath, a: Tensor, bt: Tensor, checksums: Tensor) -> None:
     """Compare rows of factors with their checksums.
 
     Args:
@@ -322,27 +325,31 @@ def check_rows(path: Path, a: Tensor, bt: Tensor, checksums: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: AnyPath) -> Iterator[Any]:
     """A file of factors, open for reading; errors name it and say what to do."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(local_file(path)), framework="pt") as file:
             yield file
     except FileNotFoundError:
         raise StoreError(f"{path}: missing, though the manifest names it; run flexmore decompose again") from None
+    except StorageError:
+        raise
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{path}: damaged or not readable ({one_line(error)}); {_REDO}") from None
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_size(path: AnyPath, size: int) -> None:
     try:
         found = path.stat().st_size
+    except StorageError:
+        raise
     except OSError as error:
         raise StoreError(f"{path}: {one_line(error)}; run flexmore decompose again") from None
     if found != size:
         raise StoreError(f"{path}: damaged, {found:,} bytes where the manifest says {size:,}; {_REDO}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: AnyPath) -> dict[str, Any]:
     """The manifest of a finished store.
 
     Raises:
@@ -350,13 +357,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise ValueError(f"more than {_MANIFEST_BYTES:,} bytes")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError(
             f"{folder}: no {MANIFEST}, so not a store, or one whose decomposition did not finish; "
             f"start or continue it with: flexmore decompose ... --store {folder}"
         ) from None
-    except (OSError, ValueError) as error:
+    except StorageError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: damaged ({one_line(error)}); {_REDO}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path}: not the manifest of a store of format {FORMAT}; name another folder with --store")
@@ -373,7 +384,15 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
 
 def read_entries(manifest: Mapping[str, Any]) -> list[Entry]:
     """The rows of a manifest."""
-    return [Entry(**row) for row in manifest["entries"]]
+    try:
+        entries = [Entry(**row) for row in manifest["entries"]]
+        files = [manifest["spectra"]["file"], *(entry.file for entry in entries)] if "spectra" in manifest else []
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"the manifest of a store is damaged: {one_line(error)}; {_REDO}") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise StoreError(f"the manifest of a store names files in its folder, got {str(file)[:80]!r}; {_REDO}")
+    return entries
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -404,11 +423,13 @@ def tensor_bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: AnyPath) -> str:
     """SHA-256 of a file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    except StorageError:
+        raise
     except OSError as error:
         raise StoreError(f"{path}: cannot read: {one_line(error)}") from None
 

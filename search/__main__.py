@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 OBJECTIVES = ("score", "front")
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace, options: Any) -> dict[str, Any]:
         args: what `add_options` parsed.
         options: how to run it, `flexmore_ray.grid.Options`.
     """
+    from flexmore_ray.storage import open_path
     from search.plan import Search, Settings
     from search.run import run_search
 
@@ -69,11 +69,11 @@ def run(args: argparse.Namespace, options: Any) -> dict[str, Any]:
             )
         },
     )
-    out = Path(args.out).resolve()
+    out = open_path(args.out).resolve()
     if "working_dir_files" in out.parts:
         note = f"note: --out: {out} is in the job's own copy of the working directory; an absolute path stays"
         print(note, file=sys.stderr)
-    search = Search(settings, out, options, Path(args.results).resolve() if args.results else None)
+    search = Search(settings, out, options, open_path(args.results).resolve() if args.results else None)
     print(describe(search), flush=True)
     result = run_search(search)
     print(summary(result))

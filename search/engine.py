@@ -20,20 +20,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.placement import Needs
-from flexmore_ray.runtime import nodes
+from flexmore_ray.runtime import leaving, place_of, staying
 from flexmore_ray.scores import TaskScore
 from flexmore_ray.worker import Worker
 from search.objective import Block
 
 _IDLE = "idle"
 _IDLE_SECONDS = 0.1
-_RETRIES = 3  # of a trial whose actor died
+_LOOK_SECONDS = 1.0  # how often an actor looks whether its node drains, at most
+_RETRIES = 3  # of a trial whose actor died, on a node that lived on
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no files that nobody reads
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt ends the search at once, as everywhere
@@ -105,17 +107,22 @@ class Evaluation(tune.Trainable):
 
         Args:
             config: of Tune: the job under "job".
-            shared: "worker", not started yet, and "contents": by (split, task), the content hash that the documents
-                must have.
+            shared: "worker", not started yet, "contents": by (split, task), the content hash that the documents
+                must have, and "name": of the actor in Ray's dashboard.
         """
+        self._name: str = shared.get("name", "search")
         self._worker: Worker = shared["worker"]
         self._contents: Mapping[tuple[str, str], str] = shared["contents"]
         self._unable: str | None = None
+        self._looked = time.monotonic()
         try:
             self._worker.start()
         except Exception as failure:  # whatever it is, a new actor would not start either
             self._unable = f"a worker cannot start: {type(failure).__name__}: {_line(failure)}"
         self.reset_config(config)
+
+    def __repr__(self) -> str:
+        return self._name
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another job in this actor."""
@@ -125,6 +132,7 @@ class Evaluation(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Score the next rung's blocks; an error is a result, so that the actor lives on."""
+        self._move()
         job, rung, start = self._job, self._rung, time.monotonic()
         if not job.rungs:
             time.sleep(_IDLE_SECONDS)
@@ -139,6 +147,13 @@ class Evaluation(tune.Trainable):
         self._rung += 1
         seconds = time.monotonic() - start
         return {_METRIC: 0.0, "rung": rung, "scores": list(scores.items()), "error": error, "took": seconds}
+
+    def _move(self) -> None:
+        """End where this node drains: Tune, which has all results so far, goes on with the trial on another one."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            if ray.get_runtime_context().get_node_id() in leaving():
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def _score(self, job: Job, block: Block) -> TaskScore:
         content = self._contents[block.split, block.task]
@@ -240,6 +255,9 @@ class Halving(_Live, ASHAScheduler):
             merit = self._source.receive(job, rung, dict(result["scores"]), result["took"])
         except ScoreError as error:
             return self._end(trial, job, str(error))
+        job = self._asker.jobs[trial.trial_id] = trial.config["job"] = dataclasses.replace(
+            job, known=max(job.known, rung + 1)
+        )
         if rung + 1 == len(job.rungs):
             self._record(trial, rung, merit)
             return self._end(trial, job, None)
@@ -296,6 +314,27 @@ class _Failed(_Live, tune.Stopper):
         return self._asker.failure is not None
 
 
+class _Forgive(_Live, tune.Callback):
+    """Counts no failure against a trial whose actor died with its node, or left one that drains.
+
+    An actor's end is often known before that of its node, so all nodes of a trial are looked at after each.
+    """
+
+    def __init__(self) -> None:
+        self._actors: dict[str, Any] = {}
+        self._places: dict[str, list[str]] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._actors[trial.trial_id] = trial.temporary_state.ray_actor
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        places = self._places.setdefault(trial.trial_id, [])
+        actor = self._actors.pop(trial.trial_id, None)
+        places.append(place_of(actor) if actor is not None else "")
+        there = {"", *(node["NodeID"] for node in staying())}
+        trial.run_metadata.num_failures = sum(place in there for place in places)
+
+
 class _Forget(_Live, tune.Callback):
     """Drops scores from Tune's own records once they are taken in; says how the search goes after every event."""
 
@@ -323,6 +362,7 @@ def run_jobs(
     workers: int | None = None,
     recalled: Mapping[int, Sequence[float]] | None = None,
     tell: Callable[[], None] = lambda: None,
+    name: str = "search",
 ) -> None:
     """Run all jobs of a source on Ray, which must be initialised.
 
@@ -336,16 +376,17 @@ def run_jobs(
         workers: actors; None: as many as the nodes can hold at any time.
         recalled: by number, merits of the entries of earlier runs.
         tell: called after every event.
+        name: of the actors in Ray's dashboard.
 
     Raises:
         FlexmoreError: a job that nothing can go on without failed, or Tune did.
     """
-    asker = Asker(source, lambda: workers or max(1, int(sum(map(needs.capacity, nodes())))))
+    asker = Asker(source, lambda: workers or max(1, int(sum(map(needs.capacity, staying())))))
     halving = Halving(source, asker, rungs, reduction)
     for number, merits in (recalled or {}).items():
         halving.recall(number, merits)
     trainable = tune.with_resources(
-        tune.with_parameters(Evaluation, worker=worker, contents=dict(contents)),
+        tune.with_parameters(Evaluation, worker=worker, contents=dict(contents), name=name),
         {"cpu": needs.num_cpus, "gpu": needs.num_gpus},
     )
     with _tune_folder() as folder:
@@ -365,7 +406,7 @@ def run_jobs(
                 failure_config=tune.FailureConfig(max_failures=_RETRIES),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
                 stop=_Failed(asker),
-                callbacks=[_Forget(tell)],
+                callbacks=[_Forgive(), _Forget(tell)],
                 verbose=0,
             ),
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from flexmore_ray.atomic import write_file
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.report.analysis import pareto_front
+from flexmore_ray.storage import AnyPath, RemotePath, StorageError, at_once, matching
 from search.space import Point
 
 State = Literal["running", "complete", "stopped", "failed"]
@@ -153,7 +155,7 @@ class Ledger:
         out: the folder; made if missing.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: AnyPath) -> None:
         self.out = out
 
     def claim(self, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -168,7 +170,7 @@ class Ledger:
             FlexmoreError: its `search.json` cannot be read.
         """
         path = self.out / "search.json"
-        begun = any((self.out / "trials").glob("[0-9]*.json"))
+        begun = bool(matching(self.out / "trials", "[0-9]*.json"))
         if begun and not path.exists():
             raise UsageError(f"--out: {self.out} holds a search without its search.json; choose another folder")
         if begun:
@@ -188,6 +190,8 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, lambda file: file.write(json.dumps(data, indent=1).encode()))
+        except StorageError:
+            raise
         except OSError as error:
             raise FlexmoreError(f"{path}: cannot be written: {error.strerror}; the same command goes on") from error
 
@@ -197,13 +201,7 @@ class Ledger:
         Raises:
             FlexmoreError: a file cannot be read (named).
         """
-        entries = []
-        for path in sorted((self.out / "trials").glob("[0-9]*.json")):
-            try:
-                entries.append(Entry(**read_json(path, _AGAIN)))
-            except TypeError as error:
-                raise FlexmoreError(f"{path}: not an entry of a search ({error}); {_AGAIN}") from None
-        return entries
+        return at_once(_read_entry, matching(self.out / "trials", "[0-9]*.json"))
 
     def write(self, entry: Entry) -> None:
         """Write one entry."""
@@ -215,6 +213,13 @@ class Ledger:
         for name, rows in (("trials", ended), ("front", front(ended))):
             table = pa.Table.from_pylist([entry.row() for entry in rows], schema=TRIAL_SCHEMA)
             write_file(self.out / f"{name}.parquet", functools.partial(pq.write_table, table))
+
+
+def _read_entry(path: AnyPath) -> Entry:
+    try:
+        return Entry(**read_json(path, _AGAIN))
+    except TypeError as error:
+        raise FlexmoreError(f"{path}: not an entry of a search ({error}); {_AGAIN}") from None
 
 
 def front(entries: Iterable[Entry]) -> list[Entry]:
@@ -231,11 +236,16 @@ class Journal:
     """An Optuna study in a file, for Optuna's own tools; never read back.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; one that is there is replaced. In an object store it is what `send` sends.
         front: whether the study has two objectives, score and cost.
     """
 
-    def __init__(self, path: Path, *, front: bool) -> None:
+    def __init__(self, path: AnyPath, *, front: bool) -> None:
+        self._sent_to = path if isinstance(path, RemotePath) else None
+        if isinstance(path, RemotePath):
+            self._folder = tempfile.TemporaryDirectory(prefix="flexmore-")  # kept until the journal is
+            path = Path(self._folder.name) / path.name
+        self._path = path
         for old in (path, Path(f"{path}.lock")):  # a killed run leaves Optuna's lock behind
             old.unlink(missing_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -249,8 +259,13 @@ class Journal:
         """Add a trial that has ended."""
         self._study.add_trial(trial)
 
+    def send(self) -> None:
+        """Put the file where it belongs, if that is in an object store."""
+        if self._sent_to is not None:
+            self._sent_to.write_bytes(self._path.read_bytes())
 
-def read_json(path: Path, way_out: str = "choose another folder") -> dict[str, Any]:
+
+def read_json(path: AnyPath, way_out: str = "choose another folder") -> dict[str, Any]:
     """A JSON object of a search's folder.
 
     Args:
@@ -262,6 +277,8 @@ def read_json(path: Path, way_out: str = "choose another folder") -> dict[str, A
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise FlexmoreError(f"{path}: cannot be read ({error}); {way_out}") from None
     if not isinstance(data, dict):

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from flexmore_ray.evaluate import cell_key
 from flexmore_ray.plan import PlannedMixture
 from flexmore_ray.results import CellKey, commit_cell, done_cells, parse_samples, read_cell, read_samples
 from flexmore_ray.scores import PreparedTask, Scores, Split, TaskScore, TaskSet, load_tasks
+from flexmore_ray.storage import AnyPath
 
 _ORDER_SEED = 20260208
 """Of the order of documents: fixed, so that searches on the same weights share their cells."""
@@ -65,7 +65,7 @@ class Objective:
         test_limit: int | None,
         rungs: int,
         reduction: int,
-        results: Path,
+        results: AnyPath,
         dtype: str,
     ) -> None:
         for name, value, low in (

@@ -14,7 +14,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.spec import DROP, FULL
+from flexmore_ray.storage import AnyPath, StorageError
 from search.ledger import TRIAL_SCHEMA, Entry, read_json
 from search.space import ACTIVE
 
@@ -112,7 +112,7 @@ class Search:
         return f"{cost / self.settings['full_cost']:.3f}x"
 
 
-def read_search(out: Path) -> Search:
+def read_search(out: AnyPath) -> Search:
     """Read the files of a search.
 
     Raises:
@@ -132,7 +132,7 @@ def read_search(out: Path) -> Search:
     )
 
 
-def _read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+def _read_object(path: AnyPath, keys: Iterable[str]) -> dict[str, Any]:
     data = read_json(path)
     data = data.get("identity", {}) | data
     missing = [key for key in keys if key not in data]
@@ -141,9 +141,13 @@ def _read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     return data
 
 
-def _read_entries(path: Path) -> tuple[Entry, ...]:
+def _read_entries(path: AnyPath) -> tuple[Entry, ...]:
     try:
-        return tuple(_entry(row) for row in pyarrow.parquet.read_table(path).to_pylist())
+        return tuple(
+            _entry(row) for row in pyarrow.parquet.read_table(pyarrow.BufferReader(path.read_bytes())).to_pylist()
+        )
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise FlexmoreError(f"{path} cannot be read ({what}); start the same search again to write it anew") from error

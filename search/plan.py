@@ -17,6 +17,7 @@ from flexmore_ray.plan import PlannedMixture, Wanted, identify
 from flexmore_ray.scores import DEFAULT_SEED
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import FULL, ExpertRank, MixtureSpec, suggest
+from flexmore_ray.storage import AnyPath
 from search.baselines import Measure, baselines, read_budget, spread
 from search.objective import Objective
 from search.samplers import SAMPLERS
@@ -99,7 +100,7 @@ class Search:
         UsageError, CheckpointError, StoreError, TaskError: the settings, the source or the tasks are no good.
     """
 
-    def __init__(self, settings: Settings, out: Path, options: Options, results: Path | None = None) -> None:
+    def __init__(self, settings: Settings, out: AnyPath, options: Options, results: AnyPath | None = None) -> None:
         self.settings, self.options = settings, options
         self.out = out
         self.parts, self.store = open_parts(

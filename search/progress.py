@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 from types import TracebackType
@@ -9,11 +10,12 @@ from types import TracebackType
 from tqdm import tqdm
 
 from flexmore_ray.budget import format_count
-from flexmore_ray.metrics import SearchMetrics
+from flexmore_ray.metrics import SearchMetrics, reporting
 from search.ledger import Entry
 from search.study import Study
 
 _LOG_SECONDS = 10.0
+_STATES = ("running", "complete", "stopped", "failed")
 
 
 class Progress:
@@ -23,13 +25,16 @@ class Progress:
         study: what it is about.
         trials: how many there are to be.
         budget: the limit that their costs are under.
+        metrics: told of it too.
     """
 
-    def __init__(self, study: Study, trials: int, budget: int) -> None:
+    def __init__(self, study: Study, trials: int, budget: int, metrics: SearchMetrics) -> None:
         self._study, self._trials, self._budget = study, trials, budget
         self._start = self._said = time.monotonic()
         self._before = len(self._ended())
-        self._metrics = SearchMetrics()
+        self._metrics, self._reporting = metrics, reporting(self._report)
+        self.at_work = 0
+        """Workers that score something now."""
         self._tests = 0
         self._text = ""
         done = self._before
@@ -37,11 +42,14 @@ class Progress:
         self._bar = tqdm(desc="search", unit="trial", total=trials, initial=done, disable=hidden, leave=False)
 
     def __enter__(self) -> Progress:
+        self._reporting.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.at_work = 0
+        self._reporting.__exit__(kind, error, traceback)
         self._bar.close()
 
     def scored(self, documents: int) -> None:
@@ -51,7 +59,6 @@ class Progress:
     def ended(self, entry: Entry) -> None:
         """An entry ended."""
         best = self._study.best
-        self._metrics.ended(entry.state, None if best is None else best.value, self._budget)
         if entry.kind == "trial":
             self._bar.update()
         if best is not None and best is entry:
@@ -79,6 +86,16 @@ class Progress:
             parts.insert(0, f"best {100 * best.value:.1f} ({size})")
         left = self._seconds_left(len(ended))
         return ", ".join([*parts, *([f"about {left / 60:.1f} min left"] if left else [])])
+
+    def _report(self) -> None:
+        states = (*(("baseline", state) for state in _STATES), *(("trial", state) for state in _STATES))
+        entries = collections.Counter(dict.fromkeys(states, 0))
+        entries.update((entry.kind, entry.state) for entry in list(self._study.entries))
+        entries["trial", "left"] = self._trials - sum(entries["trial", state] for state in _STATES)
+        best = self._study.best
+        found = None if best is None else (best.value, best.cost)
+        left = self._seconds_left(len(self._ended()))
+        self._metrics.report(entries, found, self._budget, self.at_work, left)
 
     def _seconds_left(self, ended: int) -> float | None:
         """By the pace of this run; None before there is one."""

@@ -19,6 +19,7 @@ from flexmore_ray.report.analysis import RESAMPLES
 from flexmore_ray.report.chapters import count, some
 from flexmore_ray.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from flexmore_ray.spec import FULL, PROJECTIONS
+from flexmore_ray.storage import AnyPath, output_folder
 from search.ledger import Entry
 from search.outcome import (
     FOLDS,
@@ -46,10 +47,7 @@ _BASELINES = {
 }
 
 
-# --- the document -----------------------------------------------------------------------------------------
-
-
-def write_report(out: Path) -> dict[str, Any]:
+def write_report(out: AnyPath) -> dict[str, Any]:
     """Write the report of a search that has ended into its folder.
 
     Args:
@@ -66,19 +64,20 @@ def write_report(out: Path) -> dict[str, Any]:
     source, tasks = search.settings["source"], ", ".join(search.settings["tasks"])
     title = f"Rank search: {source if isinstance(source, str) else ', '.join(source)} on {tasks}"
     try:
-        blocks = [
-            *_verdict(search),
-            *_compared(search),
-            *_groups(search),
-            *_winner(search),
-            *_spent(search),
-            *_figures(search, out),
-            *_front(search),
-            *_methods(search),
-            *_files(search),
-        ]
-        (out / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
-        (out / "report.html").write_text(to_html(title, blocks, out), encoding="utf-8")
+        with output_folder(out) as folder:
+            blocks = [
+                *_verdict(search),
+                *_compared(search),
+                *_groups(search),
+                *_winner(search),
+                *_spent(search),
+                *_figures(search, folder),
+                *_front(search),
+                *_methods(search),
+                *_files(search),
+            ]
+            (folder / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
+            (folder / "report.html").write_text(to_html(title, blocks, folder), encoding="utf-8")
     except OSError as error:
         raise FlexmoreError(f"cannot write the report to {out}: {error.strerror or error}") from None
     figures = [str(out / block.file) for block in blocks if isinstance(block, Image)]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flexmore_ray.atomic import alone, remove_abandoned
@@ -14,13 +13,16 @@ from flexmore_ray.budget import Spectra
 from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.experts import ExpertActors
 from flexmore_ray.factors import base_spec, serve_factors
+from flexmore_ray.metrics import SearchMetrics
 from flexmore_ray.placement import check_room
 from flexmore_ray.plan import PlannedMixture
-from flexmore_ray.runtime import cluster, nodes
+from flexmore_ray.runtime import cluster, nodes, on_running_cluster
 from flexmore_ray.scores import DEFAULT_SEED, TaskScore
 from flexmore_ray.spec import DROP
+from flexmore_ray.storage import AnyPath
 from flexmore_ray.store import FactorSource
 from flexmore_ray.worker import Worker
+from flexmore_ray.written import remember
 from search.engine import Job, ScoreError, run_jobs
 from search.ledger import Entry, Journal, Ledger, front
 from search.objective import Block
@@ -67,6 +69,7 @@ class _Run:
         if entry is not None:
             mixture = self._study.mixtures[entry.number]
             self._running[entry.name] = entry
+            self._note()
             rungs = self._objective.rungs
             known = next((i for i, blocks in enumerate(rungs) if not self._known(mixture, blocks)), len(rungs))
             return self._job(mixture, rungs, known=known, may_stop=entry.kind == "trial")
@@ -76,7 +79,11 @@ class _Run:
         mixture = self._tests.pop(0)
         name = f"test-{mixture.name}"
         self._testing[name] = mixture
+        self._note()
         return self._job(dataclasses.replace(mixture, name=name), [self._objective.test], known=0, may_stop=False)
+
+    def _note(self) -> None:
+        self._progress.at_work = len(self._running) + len(self._testing)
 
     def _known(self, mixture: PlannedMixture, blocks: Sequence[Block]) -> bool:
         return self._objective.known(mixture.mixture_id, blocks)
@@ -114,10 +121,12 @@ class _Run:
         """Note how a job ended."""
         if job.name in self._testing:
             mixture = self._testing.pop(job.name)
+            self._note()
             if error:
                 raise FlexmoreError(f"{mixture.name} on the test split: {error}; what was finished is kept")
             return
         entry = self._running.pop(job.name)
+        self._note()
         self._study.finish(entry, "failed" if error else "stopped" if stopped else "complete", error)
         self._objective.release(entry.mixture_id)
         self._progress.ended(entry)
@@ -150,12 +159,14 @@ def run_search(search: Search, worker: type[Worker] = Worker) -> dict[str, Any]:
         for folder in (search.out, objective.results):
             remove_abandoned(folder)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(cluster())
-            check_room({"worker": options.needs}, nodes())
+            stack.enter_context(cluster(runs=f"search {search.out.name}"))
+            if options.workers is None or not on_running_cluster():  # else an autoscaler may add nodes for them
+                check_room({"worker": options.needs}, nodes())
             factors = stack.enter_context(_factors(search))
             mixtures = Mixtures(search, _spectra(search, factors))
-            study = _study(search, mixtures, ledger)
-            progress = stack.enter_context(Progress(study, search.settings.trials, search.budget.limit))
+            journal = Journal(search.out / "journal.log", front=search.settings.front)
+            study = _study(search, mixtures, ledger, journal)
+            progress = stack.enter_context(_progress(search, study))
             run_jobs(
                 _Run(search, study, progress),
                 _worker(worker, search, factors, hold_rank(search, mixtures, study)),
@@ -166,8 +177,10 @@ def run_search(search: Search, worker: type[Worker] = Worker) -> dict[str, Any]:
                 workers=options.workers,
                 recalled=_recalled(study),
                 tell=progress.tell,
+                name=f"search:{search.out.name}",
             )
         ledger.write_tables(study.entries)
+        journal.send()
         if study.broken:
             raise FlexmoreError(f"{study.broken}; what was finished is kept in {search.out}")
         return _conclude(search, study, ledger)
@@ -177,8 +190,19 @@ def _factors(search: Search) -> contextlib.AbstractContextManager[FactorSource]:
     options = search.options
     rank = search.settings.max_rank or search.parts.source.shape.full_rank
     return serve_factors(
-        search.parts, search.store, rank, options.needs, expert_gpus=options.expert_gpus, pin=options.pin
+        search.parts,
+        search.store,
+        rank,
+        options.needs if options.workers is None or not on_running_cluster() else None,
+        expert_gpus=options.expert_gpus,
+        pin=options.pin,
+        run=f"search:{search.out.name}",
     )
+
+
+def _progress(search: Search, study: Study) -> Progress:
+    metrics = SearchMetrics(search.out.name, search.options.needs)
+    return Progress(study, search.settings.trials, search.budget.limit, metrics)
 
 
 def _spectra(search: Search, factors: FactorSource) -> Spectra:
@@ -191,7 +215,7 @@ def _spectra(search: Search, factors: FactorSource) -> Spectra:
     return {key: factors.spectrum(key).numpy() for key in keys}
 
 
-def _study(search: Search, mixtures: Mixtures, ledger: Ledger) -> Study:
+def _study(search: Search, mixtures: Mixtures, ledger: Ledger, journal: Journal) -> Study:
     settings = search.settings
     return Study(
         search.space(mixtures.fits),
@@ -205,7 +229,7 @@ def _study(search: Search, mixtures: Mixtures, ledger: Ledger) -> Study:
         cost=mixtures.cost,
         budget=search.budget.limit,
         ledger=ledger,
-        journal=Journal(search.out / "journal.log", front=settings.front),
+        journal=journal,
     )
 
 
@@ -279,8 +303,9 @@ def _front(study: Study) -> list[dict[str, Any]]:
     return [{name: getattr(entry, name) for name in ("name", "cost", "value")} for entry in front(study.entries)]
 
 
-def save_mixture(search: Search, entry: Entry, path: Path) -> None:
+def save_mixture(search: Search, entry: Entry, path: AnyPath) -> None:
     """Write the mixture file of an entry."""
     store = str(search.store) if search.options.store else None
     spec = dataclasses.replace(search.parts.spec, ranks=entry.ranks, active=entry.active, store=store, mixture_id=None)
     spec.save(path)
+    remember(path.read_bytes())

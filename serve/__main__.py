@@ -28,8 +28,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=8000, metavar="P", help="port to listen on (default: 8000)")
     add("--name", metavar="NAME", help="of the model, for clients (default: of the file or the source)")
-    add("--api-key", metavar="KEY", help="clients must send it; others see the command line: FLEXMORE_API_KEY hides it")
-    add("--api-key-file", metavar="FILE", help="the same for any of the keys in a file, one a line")
+    add(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder or SOURCE that the mixture file may name outside its own folder (repeatable)",
+    )
+    add("--api-key", help=argparse.SUPPRESS)
+    add("--api-key-file", metavar="FILE", help="clients must send one of its keys, one a line; or FLEXMORE_API_KEY")
     add("--admin-key-file", metavar="FILE", help="keys for /admin, one a line (default: /admin is closed)")
     add("--device", default="cpu", metavar="D", help="where to compute (default: cpu)")
     add("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
@@ -60,16 +67,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FlexmoreError: the mixture or a setting is wrong, the port is taken, or the service did not come up.
     """
+    from flexmore_ray.errors import UsageError
     from serve.app import bind
     from serve.gate import key_digest
-    from serve.settings import check_key, environment_key, read_keys, read_settings
+    from serve.settings import environment_key, read_keys, read_settings
     from serve.transport import check_port
 
+    if args.api_key is not None:
+        raise UsageError(
+            "--api-key: all users of this machine see command lines, and Ray keeps them; put a key that is not known "
+            "yet into the environment (FLEXMORE_API_KEY) or into a file (--api-key-file)"
+        )
     settings = read_settings(_given(args))
     keys = read_keys(settings.api_key_file, where="--api-key-file")
     keys += environment_key()
-    if args.api_key:
-        keys = (*keys, check_key(args.api_key, where="--api-key"))
     admin_keys = read_keys(settings.admin_key_file, where="--admin-key-file")
     _check_exposure(args.host, bool(keys))
     check_port(args.host, args.port)
@@ -96,6 +107,7 @@ def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[s
         FlexmoreError: the service did not come up, or the cluster has no room for it.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     from flexmore_ray.errors import FlexmoreError
     from flexmore_ray.placement import check_room
@@ -104,14 +116,16 @@ def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[s
     from serve.transport import check_no_serve, local_variables
 
     variables = contextlib.nullcontext() if on_running_cluster() else local_variables()
-    with contextlib.ExitStack() as last, variables, cluster():
+    with contextlib.ExitStack() as last, variables, cluster(runs=f"serve {settings.model_name}"):
         check_no_serve()
         check_room(needs(settings, settings.spec()), nodes())
         try:
             with _quiet():
-                serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
                 try:
+                    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
                     serve.run(application, name=APPLICATION, route_prefix="/")
+                except RayError as error:
+                    raise FlexmoreError(f"Ray Serve did not start ({_first_line(error)}); run it again") from error
                 except RuntimeError as error:
                     raise FlexmoreError(f"the service did not start: {_reason() or error}") from error
             url = f"http://{_for_url(host)}:{port}"
@@ -121,6 +135,10 @@ def serving(application: Any, settings: Any, host: str, port: int) -> Iterator[s
             last.enter_context(contextlib.redirect_stdout(io.StringIO()))  # where Ray tells that Serve has ended
             last.enter_context(_quiet())
             _stop()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _reason() -> str | None:
@@ -141,6 +159,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in (*names, "api_key_file", "admin_key_file", "max_model_len")}
     given |= {name: getattr(args, name) for name in ("expert_min_replicas", "expert_gpus")}
     given["experts"] = getattr(args, "experts", None)
+    given["allow"] = args.allow
     for kind in ("", "expert_"):
         most = getattr(args, f"{kind}max_replicas")
         given[f"{kind}max_replicas"] = max(1, getattr(args, f"{kind}min_replicas")) if most is None else most

@@ -7,12 +7,15 @@ Serve reads the annotations of `build_app`, so this module has real ones.
 """
 
 import dataclasses
+import ipaddress
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.schema import LoggingConfig
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +38,7 @@ LOOK_BACK_SECONDS = 5.0  # over which Serve averages the load
 REPORT_SECONDS = 1.0  # between two reports of it; Serve's own 10 would also delay the start from no replica
 RETRY_AFTER_SECONDS = 1.0
 _INGRESS_REQUESTS = 4096  # connections of an ingress replica; what the mixture does not take, the replica tells 429
+_CONTROLLER_SECONDS = 30.0
 _LEASES = 1000  # of one replica of an expert
 _OWNER_SECONDS = 300.0  # for the nodes of owners to have a process free, and to read their experts once
 
@@ -47,11 +51,35 @@ def build_app(args: Settings) -> serve.Application:
     Raises:
         FlexmoreError: the mixture cannot be made, or a setting breaks its rule.
     """
+    api_keys = (*read_keys(args.api_key_file, where="api_key_file"), *environment_key())
+    if args.require_key and not api_keys:
+        _check_loopback()
     return bind(
         args,
-        api_keys=tuple(map(key_digest, (*read_keys(args.api_key_file, where="api_key_file"), *environment_key()))),
+        api_keys=tuple(map(key_digest, api_keys)),
         admin_keys=tuple(map(key_digest, read_keys(args.admin_key_file, where="admin_key_file"))),
     )
+
+
+def _check_loopback() -> None:
+    """Refuse to be put, without a key, where Serve listens for other machines too.
+
+    Raises:
+        UsageError: it does.
+    """
+    if not ray.is_initialized():
+        return
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:  # Serve starts after this, with its default, the loopback
+        return
+    config: Any = ray.get(controller.get_http_config.remote(), timeout=_CONTROLLER_SECONDS)
+    host = config.host
+    if host and host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+        raise UsageError(
+            f"api_key_file: Serve listens on {host}, for other machines too, and there is no key; name a file of keys, "
+            "or set http_options.host to 127.0.0.1, or require_key to false where something in front asks for keys"
+        )
 
 
 def bind(
@@ -175,8 +203,14 @@ def describe(parts: Parts, mixture_id: str) -> Description:
         ),
         parameters={"total": count.total, "active": count.active, "full": count.full_total},
         active=parts.assignment.active,
-        source=spec.source or ((spec.store,) if spec.store else ()),
+        source=tuple(map(_told, spec.source or ((spec.store,) if spec.store else ()))),
     )
+
+
+def _told(source: str) -> str:
+    """What clients are told of a SOURCE: its name, and not where it lies on the disks of who serves it."""
+    name, equals, place = source.rpartition("=")
+    return source if place.startswith("zoo://") else f"{name}{equals}{Path(place).name}"
 
 
 def _model_length(settings: Settings, parts: Parts) -> int:

@@ -15,7 +15,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import ray
@@ -47,6 +47,7 @@ LEASE_LIFETIME_SECONDS = 20.0
 _LEASE_SECONDS = 120.0  # for Serve to find, or start, a replica
 _COLD_START_SECONDS = 120.0  # that a request waits for experts which went down to none
 _TICK_SECONDS = 1.0
+_REPORT_SECONDS = 5.0  # over which an expert's share of busy time is told
 
 
 class EngineLike(Protocol):
@@ -122,6 +123,7 @@ class MixtureReplica:
         parts = await asyncio.to_thread(open_shared, spec, guests, verify=False)
         self._remote = self._link(parts, settings, leases)
         self._engine = await asyncio.to_thread(make_engine, parts, settings, self._remote, self._metrics)
+        self._metrics.holds(_weight_bytes(parts, compute_dtype(parts, settings).itemsize, own))
         self._engine.start()
         self._awake: asyncio.Task[None] | None = self._loop.create_task(self._hold())
         self._ticker = self._loop.create_task(self._tick())
@@ -269,9 +271,11 @@ class ExpertReplica:
     ) -> None:
         keep_to_loopback()
         context = serve.get_replica_context()
-        self._server = await asyncio.to_thread(_serve_expert, spec, settings, name, guest)
+        self._server, size = await asyncio.to_thread(_serve_expert, spec, settings, name, guest)
         self._metrics = ExpertMetrics(context.app_name, context.replica_id.unique_id, name)
+        self._metrics.holds({name: size})
         self._before = (time.monotonic(), 0.0)
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
 
     async def lease(self) -> AsyncIterator[tuple[str, int, bytes]]:
         """Yield host, port and secret for one connection; ends with the connection, and the connection with it."""
@@ -282,22 +286,43 @@ class ExpertReplica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For Serve: the share of the time since the last call that was spent computing."""
-        now, busy = time.monotonic(), self._server.load().busy_seconds
-        (since, before), self._before = self._before, (now, busy)
-        share = (busy - before) / max(now - since, 1e-3)
-        self._metrics.report(share, self._server.load().connections)
+        share, self._before = self._busy_since(*self._before)
         return {"busy": share}
+
+    def _busy_since(self, since: float, before: float) -> tuple[float, tuple[float, float]]:
+        """The share of the time since then that was spent computing, and what to ask with next time."""
+        now, busy = time.monotonic(), self._server.load().busy_seconds
+        return (busy - before) / max(now - since, 1e-3), (now, busy)
+
+    async def _tick(self) -> None:
+        """Tell the metrics every few seconds."""
+        last = self._before
+        while True:
+            await asyncio.sleep(_REPORT_SECONDS)
+            share, last = self._busy_since(*last)
+            self._metrics.report(share, self._server.load().connections)
 
     async def __del__(self) -> None:
         """For Serve, after the last lease."""
+        self._ticker.cancel()
         await asyncio.to_thread(self._server.close)
 
 
-def _serve_expert(spec: MixtureSpec, settings: Settings, name: str, guest: Guest | None) -> ExpertServer:
+def _weight_bytes(parts: Parts, width: int, own: Collection[str]) -> dict[str, int]:
+    """Memory of a mixture's weights by expert, but for those placed on their own, and of the trunk."""
+    count = parts.count()
+    numbers = {"trunk": count.total - sum(count.experts.values())} | {
+        name: number for name, number in count.experts.items() if number and name not in own
+    }
+    return {name: number * width for name, number in numbers.items()}
+
+
+def _serve_expert(spec: MixtureSpec, settings: Settings, name: str, guest: Guest | None) -> tuple[ExpertServer, int]:
+    """The server of an expert, and the memory that its weights take."""
     parts = open_expert(spec, name, guest)
     use_few_threads(parts.source.shape.hidden_size)
     expert = load_expert(parts, name, device=settings.device, dtype=compute_dtype(parts, settings))
-    return ExpertServer(expert, ray.util.get_node_ip_address())
+    return ExpertServer(expert, ray.util.get_node_ip_address()), expert.num_bytes
 
 
 def _set_from_thread(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -49,6 +49,7 @@ class ExpertMatrices:
         self._layers, self._act = layers, act
         self.num_layers, self.hidden_size = len(layers), layers[0][0].shape[1]
         self.dtype, self.device = layers[0][0].dtype, layers[0][0].device
+        self.num_bytes = sum(matrix.nbytes for layer in layers for matrix in layer)
 
     def __call__(self, layer: int, x: Tensor) -> Tensor:
         """y (T, H) of x (T, H), before the router's weight: what the model computes of a full-size expert."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import re
 from collections.abc import Iterable, MutableMapping
@@ -14,13 +15,17 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.schema import ApiError
+from serve.schema import ApiError, show
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json"})
 """Paths that need no key: the page, which holds nothing but a program, the probes, the description."""
 _DRAINED = 4  # times the limit: so much is read and thrown away, for a client that reads only when it has written
 _HELD = 64  # times the limit: so much of bodies is in memory at once, of all requests in work
-_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+    "cross-origin-resource-policy": "same-origin",
+}
 
 
 def key_digest(key: str) -> str:
@@ -43,8 +48,11 @@ class Keys:
         """Let a call of the API pass.
 
         Raises:
-            ApiError: 401, for want of a key or for an unknown one.
+            ApiError: 401, for want of a key or for an unknown one; 421 where no key is needed and the request is for
+                a host name of the internet, under which a web page in a browser here may call its own site.
         """
+        if not self._api:
+            _check_host(connection)
         if self._api and not _among(connection, (*self._api, *self._admin)):
             raise _unauthorised(connection, "key")
 
@@ -65,6 +73,26 @@ class Keys:
         if _among(connection, self._api):
             raise ApiError(403, "an admin key is needed, and this is a key of the API", code="not_an_admin_key")
         raise _unauthorised(connection, "admin key")
+
+
+def _check_host(connection: HTTPConnection) -> None:
+    """Refuse a host name with a dot: a page's own name, which its owner can let point to this machine at any moment.
+
+    Addresses and names like localhost can be nobody's web site. A key, which no such page has, makes this needless.
+    """
+    host = connection.headers.get("host", "")
+    name = host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+    name = name.strip("[]").rstrip(".").lower()
+    if "." not in name or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        message = (
+            f"without a key this service answers to an address or to localhost, not to the host {show(name)}; "
+            "call it by its address, or start it with a key"
+        )
+        raise ApiError(421, message, code="unknown_host") from None
 
 
 def _digest(connection: HTTPConnection) -> str | None:

@@ -23,12 +23,15 @@
 | flexmore_serve_expert_share               | gauge     | expert   | share of the routed weight since the replica     |
 |                                           |           |          | started, in [0, 1]                               |
 | flexmore_serve_expert_lost                | counter   | expert   | requests that had to do without this expert      |
+| flexmore_serve_expert_available           | gauge     | expert   | 1, or 0 while this expert is lost to a replica   |
+| flexmore_serve_weight_bytes               | gauge     | expert   | memory of weights in a replica, by expert; those |
+|                                           |           |          | shared by all are "trunk"                        |
 | flexmore_serve_leases                     | gauge     | expert   | connections of mixture replicas to a replica of  |
 |                                           |           |          | an expert placed on its own                      |
 | flexmore_serve_expert_busy                | gauge     | expert   | share of its time that such a replica computed   |
 
-All have the tags ``application`` and ``replica`` too. A value appears on the port up to 10 seconds after the fact: so
-often Ray collects from the processes of a node (its ``metrics_report_interval_ms``).
+All have the tags ``application`` and ``replica`` too; counters end in ``_total`` on the port. A value appears there up
+to 10 seconds after the fact: so often Ray collects from the processes of a node (its ``metrics_report_interval_ms``).
 
 `read_metrics` adds what Serve says of the same application: how many replicas there are and shall be, how many requests
 came, wait, are at work or failed, and how long HTTP answers took.
@@ -80,9 +83,19 @@ class _Metrics:
 
     def __init__(self, application: str, replica: str) -> None:
         self._tags = {"application": application, "replica": replica}
+        self._sizes: Mapping[str, int] = {}
 
     def _counter(self, name: str, what: str, *tags: str) -> Counter:
         return Counter(f"flexmore_serve_{name}", what, (*self._tags, *tags))
+
+    def holds(self, weights: Mapping[str, int]) -> None:
+        """Weights are in memory: bytes by expert, "trunk" for those that all share."""
+        self._sizes = weights
+        self._weights = Gauge("flexmore_serve_weight_bytes", "Memory of weights", ("application", "replica", "expert"))
+
+    def _report_weights(self) -> None:
+        for name, size in self._sizes.items():  # again and again: a gauge that is not set for 20 s goes away
+            self._weights.set(size, {**self._tags, "expert": name})
 
     def _gauge(self, name: str, what: str, *tags: str) -> Gauge:
         return Gauge(f"flexmore_serve_{name}", what, (*self._tags, *tags))
@@ -112,6 +125,7 @@ class EngineMetrics(_Metrics):
         self._expert_tokens = self._counter("expert_tokens", "Tokens by the router's weights", "expert")
         self._share = self._gauge("expert_share", "Share of the routed weight", "expert")
         self._lost = self._counter("expert_lost", "Requests that did without this expert", "expert")
+        self._available = self._gauge("expert_available", "Whether this expert is there", "expert")
 
     def stepped(self, tokens: int, sequences: int, seconds: float) -> None:
         """A step was made."""
@@ -149,6 +163,8 @@ class EngineMetrics(_Metrics):
         self._kept.set(stats["cached"], self._tags)
         for name, share in stats["shares"].items():
             self._share.set(share, {**self._tags, "expert": name})
+            self._available.set(name not in stats["lost"], {**self._tags, "expert": name})
+        self._report_weights()
 
 
 class ExpertMetrics(_Metrics):
@@ -164,6 +180,7 @@ class ExpertMetrics(_Metrics):
         """How busy it was lately, as a share of the time, and its open connections."""
         self._busy.set(busy, self._tags)
         self._leases.set(leases, self._tags)
+        self._report_weights()
 
 
 class IngressMetrics(_Metrics):

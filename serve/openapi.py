@@ -276,6 +276,7 @@ _ERRORS = {
     408: "the body did not come in time",
     413: "the body is too large",
     415: "the body is not JSON",
+    421: "no key is needed, and the host is a name of the internet",
     429: "too many requests wait; come again after the seconds of Retry-After",
     503: "no model, or not with all its experts",
     504: "no answer in time",
@@ -328,7 +329,7 @@ def _responses(path: str, keyed: bool) -> dict[str, Any]:
     if path in ("/v1/completions", "/v1/chat/completions"):
         content["text/event-stream"] = {"schema": _EVENT}
     statuses = _OF_BODIES | _OF_MODELS if path in _BODIES else set(_ALSO.get(path, ()))
-    statuses |= {401} if keyed and path not in _OPEN else set()
+    statuses |= {401 if keyed else 421} if path not in _OPEN else set()
     return {"200": {"description": "done", "content": content}, **_error_responses(sorted(statuses))}
 
 

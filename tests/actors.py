@@ -61,3 +61,58 @@ class Odd(Doubler):
         if number == 1:
             raise OddError("one", "two")
         return super().run(number)
+
+
+class Slow(Doubler):
+    """Takes its time; notes in a folder when and where each unit began and ended."""
+
+    def __init__(self, folder, seconds):
+        self.folder, self.seconds = Path(folder), seconds
+
+    def run(self, number):
+        self._note(number, "began")
+        time.sleep(self.seconds)
+        self._note(number, "ended")
+        return 2 * number
+
+    def _note(self, number, what):
+        mark = self.folder / f"{number}-{what}-{os.getpid()}"
+        mark.write_text(ray.get_runtime_context().get_node_id())
+
+
+class Scorer:
+    """Scores a job's blocks in a search; notes every one, and dies at some of them, each time once.
+
+    Args:
+        folder: for its notes.
+        deadly: (job, rung) at which it dies.
+    """
+
+    def __init__(self, folder, deadly=()):
+        self.folder, self.deadly = Path(folder), set(deadly)
+
+    def start(self):
+        pass
+
+    def run(self, ranks, active, split, task, content, documents):
+        (rung,) = documents
+        mark = self.folder / f"died-{ranks['job']}-{rung}"
+        if (ranks["job"], rung) in self.deadly and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with (self.folder / "scored").open("a") as file:
+            file.write(f"{ranks['job']} {rung}\n")
+        time.sleep(1.0)
+        return rung
+
+
+class Sleeper(Doubler):
+    """Sleeps for as long as a unit of the simulator says, and longer for another mixture than the one before."""
+
+    def __init__(self, switch):
+        self.switch, self.held = switch, None
+
+    def run(self, work, tag):
+        time.sleep(work.seconds + self.switch * (self.held not in (None, work.mixture)))
+        self.held = work.mixture
+        return os.getpid()

@@ -50,3 +50,12 @@ def loopback() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """The URL of an S3-compatible server with an empty bucket."""
+    from tests.object_store import s3_server
+
+    with s3_server() as url:
+        yield url

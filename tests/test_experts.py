@@ -368,7 +368,7 @@ def test_errors_cross_as_they_are(two_nodes: None, tmp_path: Path) -> None:
     source = FakeSource(("public", "math"))
     source.changed[OTHER] = torch.full((16, 24), float("nan"))
     register_tensor_transport("FILE", ["cpu"], FileTransport, torch.Tensor)
-    actor = actor_class(direct=True).remote("math", opener(source, "math"), tmp_path, threads=1)
+    actor = actor_class(direct=True).remote("math", opener(source, "math"), tmp_path, threads=1, run="test")
     chosen: list[Place] = []
 
     def choose(sender: Place, receiver: Place) -> str:

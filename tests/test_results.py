@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import random
+from pathlib import Path
 
 import lm_eval
 import pyarrow.parquet as pq
@@ -341,7 +342,7 @@ def test_a_crash_before_a_rename_leaves_no_cell(tmp_path, scored, monkeypatch, r
         rename(source, target)
 
     monkeypatch.setattr(results.os, "replace", dying)
-    monkeypatch.setattr(results.Path, "unlink", lambda *_, **__: None)  # a killed process does not clean up
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process does not clean up
     with pytest.raises(Killed):
         commit(tmp_path, scored)
     monkeypatch.undo()

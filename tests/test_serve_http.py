@@ -862,7 +862,7 @@ def test_lm_evals_client(served: EchoService, tokenized: bool, concurrent: int) 
 
 
 DESCRIPTION = schemathesis.openapi.from_asgi(
-    "/openapi.json", create_app(EchoService(nano()), HttpSettings(model="nano", max_model_len=4096))
+    "/openapi.json", create_app(EchoService(nano()), HttpSettings(model="nano", max_model_len=256))
 )
 NOT_IN_THE_SCHEMA = {"context_length_exceeded", "expert_not_found", "too_many_sequences"}
 

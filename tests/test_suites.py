@@ -89,7 +89,7 @@ def test_folders_task_files_and_suite_files(tmp_path):
         ("groups: {x: {kind: reasoning, tasks: [a], weight: 2}}", "knows"),
         ("tusks: [a]", "needs 'groups' or 'include'"),
         ("[a, b]", "got list"),
-        ("groups: {", "is not YAML"),
+        ("groups: {", "not a YAML suite file"),
     ],
 )
 def test_bad_suite_files_say_what_is_wrong(tmp_path, text, message):

@@ -38,12 +38,13 @@ from flexmore_ray.report.chapters import Chapters, count, gap_counts, some
 from flexmore_ray.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from flexmore_ray.report.sections import Section, read_sections
 from flexmore_ray.spec import PROJECTIONS, MatrixKey
+from flexmore_ray.storage import AnyPath, StorageError, output_folder
 
 TITLE = "Ranks of experts: scores, best ranks and sizes"
 _HEAT_ROWS = 40  # tasks in one heat map
 
 
-def write_report(results: Path, out: Path) -> dict[str, Any]:
+def write_report(results: AnyPath, out: AnyPath) -> dict[str, Any]:
     """Write the report of a results folder.
 
     Args:
@@ -58,17 +59,16 @@ def write_report(results: Path, out: Path) -> dict[str, Any]:
         FlexmoreError: A file is damaged, results contradict each other, or `out` cannot be written.
     """
     sections = read_sections(results)
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with _writing(out), output_folder(out) as folder:
         parts = []
         total = sum(len(section.tasks) for section in sections)
         with tqdm(total=total, desc="resampling", unit="task", disable=not sys.stderr.isatty(), leave=False) as bar:
             for number, section in enumerate(sections, 1):
                 estimates = resample(section, results, advance=bar.update) if section.cells else None
-                parts.append(_Part(number, section, estimates, out))
+                parts.append(_Part(number, section, estimates, folder))
         blocks = [*_introduction(sections), *(block for part in parts for block in part.blocks()), *_methods()]
-        (out / "report.md").write_text(to_markdown(TITLE, blocks), encoding="utf-8")
-        (out / "report.html").write_text(to_html(TITLE, blocks, out), encoding="utf-8")
+        (folder / "report.md").write_text(to_markdown(TITLE, blocks), encoding="utf-8")
+        (folder / "report.html").write_text(to_html(TITLE, blocks, folder), encoding="utf-8")
     figures = [block.file for block in blocks if isinstance(block, Image)]
     return {
         "report": str(out / "report.md"),
@@ -79,9 +79,11 @@ def write_report(results: Path, out: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _writing(out: AnyPath) -> Iterator[None]:
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
         raise FlexmoreError(
             f"cannot write the report to {out}: {error.strerror or error}; choose another --out"
@@ -259,7 +261,7 @@ class _Part:
             return [heading, Text("Left out: the results do not say where the factors are.")]
         try:
             spectra, energy = _read_spectra(self.section.store, self.section.experts)
-        except StoreError as error:
+        except (StoreError, StorageError) as error:
             return [heading, Text(f"Left out: the store of the factors cannot be read ({error}).")]
         from flexmore_ray.report.figures import by_layer
 

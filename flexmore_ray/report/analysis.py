@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from flexmore_ray.errors import FlexmoreError
 from flexmore_ray.report.sections import Cell, Rank, Section
 from flexmore_ray.results import read_samples
 from flexmore_ray.spec import FULL
+from flexmore_ray.storage import AnyPath
 from flexmore_ray.suites import Group
 
 Array = NDArray[Any]
@@ -138,7 +138,7 @@ class Estimates:
 
 def resample(
     section: Section,
-    results: str | Path,
+    results: str | AnyPath,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -179,7 +179,7 @@ def resample(
     return Estimates(tasks, groups, mean(list(groups.values())), documents, tuple(fixed))
 
 
-def _document_values(results: str | Path, cells: Sequence[Cell]) -> tuple[int, Array | None]:
+def _document_values(results: str | AnyPath, cells: Sequence[Cell]) -> tuple[int, Array | None]:
     """Number of documents, and (M, N) values whose means are the scores; None where there are none such."""
     rows, ids, hashes = [], None, None
     for start in range(0, len(cells), _BATCH):

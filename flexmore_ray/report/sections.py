@@ -13,12 +13,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.results import DONE, read_cells
 from flexmore_ray.spec import DROP, FULL
+from flexmore_ray.storage import AnyPath, StorageError, matching, open_path
 from flexmore_ray.suites import Group
 
 Rank = int | str
@@ -203,14 +203,14 @@ class Section:
         return next(found, None)
 
 
-def read_sections(results: str | Path) -> list[Section]:
+def read_sections(results: str | AnyPath) -> list[Section]:
     """Everything in a results folder, in sections that may each be compared within themselves.
 
     Raises:
         UsageError: There is no such folder, or no cell in it.
         FlexmoreError: A file is damaged, or a task is there in two editions in one section.
     """
-    root = Path(results)
+    root = open_path(results)
     if not root.is_dir():
         raise UsageError(f"no results folder {root}; make one with flexmore grid or flexmore eval --results")
     if (root / "search.json").exists():
@@ -218,7 +218,7 @@ def read_sections(results: str | Path) -> list[Section]:
     rows = [row for row in read_cells(root).to_pylist() if "selection" not in json.loads(row["versions"])["identity"]]
     if not rows:
         raise UsageError(f"{root} holds no results: no score in {root / 'cells'}; run flexmore grid or flexmore eval")
-    plans = [_read_plan(path) for path in sorted((root / "plans").glob("*.json"))]
+    plans = [_read_plan(path) for path in matching(root / "plans", "*.json")]
     homes = {mixture.mixture_id: plan for plan in reversed(plans) for mixture in plan.mixtures}
     cells = [_read_cell(row, homes.get(row["mixture_id"])) for row in rows]
     sections: list[Section] = []
@@ -261,7 +261,7 @@ def _strings(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
-def _read_plan(path: Path) -> Plan:
+def _read_plan(path: AnyPath) -> Plan:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != PLAN_FORMAT:
@@ -283,6 +283,8 @@ def _read_plan(path: Path) -> Plan:
             unresolved=tuple(entry["name"] for entry in data["mixtures"] if not entry.get("mixture_id")),
             editions={name: task["hash"] for name, task in data.get("tasks", {}).items()},
         )
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise FlexmoreError(f"plan {path} cannot be read ({what}); start the grid again to write it anew") from error

@@ -24,9 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flexmore_ray.errors import UsageError
+from flexmore_ray.spec import read_yaml
 
 FOLDER = Path(__file__).parent
 KINDS = ("knowledge", "reasoning")
@@ -144,10 +143,7 @@ def _file_suite(path: Path) -> Suite:
 
 
 def _read_suite(path: Path) -> Suite:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"suite file {path} is not YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "suite file")
     if not isinstance(data, dict) or not set(data) <= _SUITE_KEYS or not data.get("groups", data.get("include")):
         got = sorted(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise UsageError(f"suite file {path}: needs 'groups' or 'include', knows {sorted(_SUITE_KEYS)}, got {got}")

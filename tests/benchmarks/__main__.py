@@ -23,6 +23,7 @@ from tests.benchmarks import (
     bench_scoring,
     bench_search,
     bench_serve,
+    bench_simulate,
     bench_switch,
     bench_truncation,
 )
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "scoring": bench_scoring.run,
     "search": bench_search.run,
     "serve": bench_serve.run,
+    "simulate": bench_simulate.run,
     "truncation": bench_truncation.run,
 }
 
