@@ -60,7 +60,7 @@ OF_RAY: Mapping[str, set[str]] = {
 OF_GPUS = {"ray_node_gpus_utilization": {"GpuIndex"}}
 COMMON = {"SessionName", "instance"}  # of every series
 NOT_NAMES = {"ray", "ray_io_cluster"}
-SECRET = "canary-5f2d81"
+SECRET = "canary-5f2d81-6c07ab41"
 
 
 # ---- what our code tells
