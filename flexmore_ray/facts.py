@@ -183,10 +183,11 @@ def within(seconds: float, call: Callable[[], Value]) -> Value:
     thread.join(seconds)
     if not outcome:
         raise TimeoutError(f"no answer in {seconds:.0f} s")
+    value: Any
     value, error = outcome[0]
     if error is not None:
         raise error
-    return value  # type: ignore[return-value]
+    return value
 
 
 def node_facts(
@@ -295,7 +296,8 @@ def _ray_folder() -> Path:
     import ray
 
     if ray.is_initialized():
-        return Path(ray._private.worker.global_worker.node.get_session_dir_path())  # type: ignore[union-attr]
+        worker: Any = ray._private.worker.global_worker
+        return Path(worker.node.get_session_dir_path())
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
 
 

@@ -211,7 +211,7 @@ def queries() -> Iterator[tuple[str, str]]:
             yield panel["title"], target["expr"]
     for name, variable in VARIABLES.items():
         if variable["type"] == "query":
-            yield f"${name}", re.fullmatch(r"label_values\((.*), \w+\)", variable["query"]["query"])[1]  # type: ignore[index]
+            yield f"${name}", re.fullmatch(r"label_values\((.*), \w+\)", variable["query"]["query"])[1]
     for rule in RULES:
         yield rule["alert"], rule["expr"]
 

@@ -240,7 +240,7 @@ def test_chat_templates_run_in_a_sandbox(template: str) -> None:
 
     tokenizer = load_tokenizer(open_source(["zoo://nano"]))
     tokenizer.chat_template = template
-    refused(lambda: asyncio.run(Tokens(tokenizer).chat([{"role": "user", "content": "x"}])), "chat template refuses")  # type: ignore[arg-type]
+    refused(lambda: asyncio.run(Tokens(tokenizer).chat([{"role": "user", "content": "x"}])), "chat template refuses")
 
 
 def test_a_small_parquet_file_does_not_become_a_large_table(tmp_path: Path, little_memory: None) -> None:
@@ -276,7 +276,7 @@ def test_no_reader_of_ours_unpickles() -> None:
 def test_task_files_are_programs_and_come_by_no_uri(tmp_path: Path) -> None:
     """lm-eval's tasks may name functions; so they are read where the user names a path, and nowhere else."""
     for text in ("s3://bucket/tasks/mine.yaml", "https://example.org/mine.yaml", "file:///tmp/mine.yaml"):
-        refused(lambda text=text: load_suite(text))  # type: ignore[misc]
+        refused(lambda text=text: load_suite(text))
     pickled = tmp_path / "mine.yaml"
     pickled.write_text("task: mine\ndataset_path: pandas\noutput_type: generate_until\ndoc_to_text: x\n")
     with pytest.raises(TaskError, match="pickled"):
@@ -360,11 +360,11 @@ def test_the_way_out_works(places: Path) -> None:
         assert serve(places, text, allow=[allow]).source == (str(private),)
     assert serve(places, text, allow="elsewhere,private").source == (str(private),)
     for allow in ("received", f"{private}x", "/proc"):
-        refused(lambda allow=allow: serve(places, text, allow=[allow]), "lies outside")  # type: ignore[misc]
+        refused(lambda allow=allow: serve(places, text, allow=[allow]), "lies outside")
     assert serve(places, "source: owner/model\n", allow=["owner/model"]).source == ("owner/model",)
     assert serve(places, "source: s3://b/x/model\n", allow=["s3://b/x"]).source == ("s3://b/x/model",)
     for place in ("s3://b/xy", "s3://b/x/../y", "s3://c/x"):
-        refused(lambda place=place: serve(places, f"source: {place}\n", allow=["s3://b/x"]), "lies outside")  # type: ignore[misc]
+        refused(lambda place=place: serve(places, f"source: {place}\n", allow=["s3://b/x"]), "lies outside")
 
 
 def test_what_is_named_without_a_file_was_named_by_who_serves_it(places: Path) -> None:
@@ -426,12 +426,12 @@ def test_a_key_in_a_job_or_on_a_command_line_is_refused(
 
 def test_names_of_models_stay_on_their_line() -> None:
     for name in ("a\nINFO: all is well", "a\x1b[2J", "a\r\nset-cookie: x"):
-        refused(lambda name=name: read_settings({"mixture": "zoo://nano", "name": name}), "printable")  # type: ignore[misc]
+        refused(lambda name=name: read_settings({"mixture": "zoo://nano", "name": name}), "printable")
 
 
 def test_other_machines_need_a_key() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1"):
-        refused(lambda host=host: _check_exposure(host, keys=False), "there is no key")  # type: ignore[misc]
+        refused(lambda host=host: _check_exposure(host, keys=False), "there is no key")
         _check_exposure(host, keys=True)
     for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
         _check_exposure(host, keys=False)
@@ -451,7 +451,7 @@ def application(**options: Any) -> TestClient:
 
 def test_every_endpoint_but_four_asks_for_a_key() -> None:
     client = application(api_keys=(key_digest(KEY),), admin_keys=(key_digest(ADMIN),))
-    routes = [(method, route.path) for route in client.app.routes for method in route.methods]  # type: ignore[attr-defined]
+    routes = [(method, route.path) for route in client.app.routes for method in route.methods]
     assert len(routes) > 15
     assert set(routes) >= OPEN - {("HEAD", "/")}
     for method, path in routes:

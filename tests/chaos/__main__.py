@@ -70,12 +70,12 @@ def main() -> int:
 
 def _write(path: Path, outcome: object) -> None:
     known = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*known, dataclasses.asdict(outcome)], indent=1) + "\n")  # type: ignore[call-overload]
+    path.write_text(json.dumps([*known, dataclasses.asdict(outcome)], indent=1) + "\n")
 
 
 def row(outcome: object) -> str:
     """A row of the table."""
-    seconds = outcome.recovered or [0.0]  # type: ignore[attr-defined]
+    seconds = outcome.recovered or [0.0]
     spread = f"{statistics.median(seconds):.1f} | {max(seconds):.1f}"
     names = ("fault", "stage", "times", "lost", "duplicated", "orphans")
     return "| " + " | ".join(str(getattr(outcome, name)) for name in names) + f" | {spread} |"
