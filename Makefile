@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/flexmore demo --out demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from flexmore_ray import cluster_commands, commands, doctor
+from flexmore_ray import allocate, commands
+from flexmore_ray.cluster import commands as cluster_commands
+from flexmore_ray.cluster import doctor
 from flexmore_ray.errors import FlexmoreError, UsageError
 
 _LONGEST = 2_000  # characters of an error: a value in it may come from a file, and be of any length
@@ -100,6 +102,28 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--active", type=int, metavar="K", help="experts per token to write into the config")
     merge.add_argument("--out", required=True, metavar="DIR")
 
+    moments = command(
+        "moments",
+        commands.run_moments,
+        "second moments of experts on their owners' texts, for decompose; resumable",
+    )
+    moments.add_argument("source", nargs="+", metavar="SOURCE")
+    moments.add_argument(
+        "--data", nargs="+", action="extend", required=True, metavar="name=FILE", help="texts of each owner"
+    )
+    moments.add_argument("--out", required=True, metavar="DIR", help="folder of the moments; texts are added to it")
+    moments.add_argument(
+        "--moments", default="full", metavar="FORM", help="full (default), diagonal or low-rank+diagonal"
+    )
+    moments.add_argument(
+        "--sketch-rows", type=int, default=256, metavar="N", help="of low-rank+diagonal (default: 256)"
+    )
+    moments.add_argument("--max-tokens", type=int, default=512, metavar="N", help="cut documents there (default: 512)")
+    moments.add_argument("--batch-tokens", type=int, default=4096, metavar="N", help="of one pass (default: 4096)")
+    moments.add_argument("--memory", default="4GiB", metavar="B", help="of moments held at once (default: 4GiB)")
+    moments.add_argument("--device", default="cpu", metavar="D", help="where to compute (default: cpu)")
+    moments.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
+
     decompose = command(
         "decompose", commands.run_decompose, "spectra and factors of all deltas, into a store; resumable"
     )
@@ -109,6 +133,68 @@ def _parser() -> argparse.ArgumentParser:
     decompose.add_argument("--dtype", default="float32", metavar="D", help="float32 (default), bfloat16 or float16")
     decompose.add_argument("--verify", action="store_true", help="read every stored file and replace damaged ones")
     decompose.add_argument("--device", default="cpu", metavar="D", help="where to compute (default: cpu)")
+    decompose.add_argument(
+        "--weighting", default="none", metavar="SIDES", help="metric: none (default), input, output or both"
+    )
+    decompose.add_argument(
+        "--moments", nargs="+", action="extend", metavar="DIR", help="of flexmore moments; several add up"
+    )
+    decompose.add_argument(
+        "--damping", type=float, default=1e-2, metavar="X", help="of moments with mean eigenvalue 1 (default: 0.01)"
+    )
+    healer = command("heal", commands.run_heal, "train a store's factors on their owners' texts; resumable")
+    healer.add_argument("source", nargs="+", metavar="SOURCE")
+    healer.add_argument("--store", required=True, metavar="DIR", help="where training begins")
+    healer.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="name=FILE",
+        help="texts of each owner; public=FILE keeps other tokens from harm",
+    )
+    healer.add_argument("--out", required=True, metavar="DIR", help="the healed store")
+    healer.add_argument(
+        "--moments",
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="of flexmore moments: train in the coordinates of their metric",
+    )
+    healer.add_argument("--steps", type=int, default=1000, metavar="N", help="for each expert (default: 1000)")
+    healer.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="of one step (default: 1024)")
+    healer.add_argument(
+        "--learning-rate",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="at its peak, relative to each row (default: 0.02)",
+    )
+    healer.add_argument("--max-rank", type=int, metavar="R", help="highest rank of the factors (default: the store's)")
+    healer.add_argument("--max-tokens", type=int, default=512, metavar="N", help="cut documents there (default: 512)")
+    healer.add_argument("--seed", type=int, default=0, metavar="K", help="of batches and ranks (default: 0)")
+    healer.add_argument("--device", default="cpu", metavar="D", help="where to train (default: cpu)")
+    healer.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of Ray Train, for each expert; all nodes must see SOURCE, --store, --moments and --out (default: 1)",
+    )
+    healer.add_argument(
+        "--gpus", type=int, metavar="N", help="of each worker of Ray Train: 1, or 0 (default: by --device)"
+    )
+
+    refit = command("refit", commands.run_refit, "router rows of a mixture fitted again, at its ranks")
+    refit.add_argument("mixture", metavar="MIXTURE")
+    refit.add_argument(
+        "--data", nargs="+", action="extend", required=True, metavar="name=FILE", help="texts of each owner, public too"
+    )
+    refit.add_argument("--out", required=True, metavar="NEW.yaml", help="the mixture file; its rows go beside it")
+    refit.add_argument("--ridge", type=float, metavar="X", help="regularisation of the fit (default: the router's own)")
+    refit.add_argument("--temperature", type=float, metavar="X", help="rows are divided by it (default: likewise)")
+    refit.add_argument("--device", default="cpu", metavar="D", help="where to compute (default: cpu)")
+
     decompose.add_argument("--gpus", type=float, metavar="N", help="on a cluster: GPUs of each expert, or a fraction")
     evaluate = command("eval", commands.run_eval, "scores of one mixture")
     evaluate.add_argument("mixture", metavar="MIXTURE")
@@ -120,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--device", default="cpu", metavar="D")
     evaluate.add_argument("--dtype", metavar="D", help="compute dtype (default: float32 on the CPU)")
+
+    allocation = command("allocate", allocate.run, "ranks under a budget by a rule, as a mixture file")
+    allocate.add_options(allocation)
 
     grid = command("grid", commands.run_grid, "all missing cells of mixtures x tasks, on Ray")
     grid.add_argument("plan", nargs="?", metavar="PLAN", help="a YAML file; or --preset")
@@ -186,7 +275,22 @@ def _parser() -> argparse.ArgumentParser:
             metavar="EXPERT=NODES",
             help="on a cluster: nodes of an expert, as LABEL=VALUE or the name of a custom resource",
         )
-    for sub in (inspect, params, merge, decompose, evaluate, grid, simulation, searcher, export, server):
+    for sub in (
+        inspect,
+        params,
+        merge,
+        moments,
+        decompose,
+        healer,
+        allocation,
+        refit,
+        evaluate,
+        grid,
+        simulation,
+        searcher,
+        export,
+        server,
+    ):
         sub.add_argument("--experts", type=lambda text: text.split(","), metavar="A,B,...", help="expert names")
     return parser
 

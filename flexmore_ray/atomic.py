@@ -1,7 +1,7 @@
 """Files that are whole or not there, and folders with one writer, on this machine or in an object store.
 
 On this machine: a temporary name, fsync, rename, fsync of the folder; a lock that ends with its process. In a store:
-one object sent whole (`flexmore_ray.storage`); a lease (`flexmore_ray.lease`).
+one object sent whole (`flexmore_ray.storage`); a lease (`flexmore_ray.storage.lease`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from flexmore_ray.errors import UsageError
-from flexmore_ray.lease import lease
 from flexmore_ray.storage import AnyPath, RemotePath, write_object
+from flexmore_ray.storage.lease import lease
 
 _ABANDONED_SECONDS = 600  # a temporary file that nobody wrote to for this long was left by a killed run
 

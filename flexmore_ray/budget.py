@@ -144,7 +144,7 @@ _BYTES = {f"{unit}b": 1000**power for power, unit in enumerate("kmgt", 1)}
 _BYTES |= {f"{unit}ib": 1024**power for power, unit in enumerate("kmgt", 1)}
 
 
-def parse_budget(text: str, full_total: int, *, in_bytes: bool = False) -> int:
+def parse_budget(text: str, full_total: int, *, in_bytes: bool = False, where: str = "budget") -> int:
     """Read a budget: a count (``10.75B``, ``4.2M``, ``800000``) or a ratio of the whole (``0.33x``).
 
     Args:
@@ -152,6 +152,7 @@ def parse_budget(text: str, full_total: int, *, in_bytes: bool = False) -> int:
         full_total: what ``1x`` is: the parameters (or bytes) of the full mixture.
         in_bytes: whether bytes are counted, so that ``3.2GB`` and ``1.5GiB`` are counts too
             (``B`` alone is a billion, as for parameters).
+        where: what errors call it.
 
     Raises:
         UsageError: none of these forms.
@@ -160,7 +161,7 @@ def parse_budget(text: str, full_total: int, *, in_bytes: bool = False) -> int:
     unit = match[2].lower() if match else ""
     if match is None or (unit in _BYTES and not in_bytes):
         example = "3.2GB" if in_bytes else "10.75B"
-        raise UsageError(f"budget: a count such as {example} or a ratio such as 0.33x is needed, got {text!r}")
+        raise UsageError(f"{where}: a count such as {example} or a ratio such as 0.33x is needed, got {text!r}")
     number = Fraction(match[1])
     return int(number * full_total) if unit == "x" else round(number * (_SCALE | _BYTES)[unit])
 

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from flexmore_ray.atomic import locked, remove_abandoned, write_file
 from flexmore_ray.errors import CheckpointError, StoreError, UsageError
+from flexmore_ray.moments import decompose_weighted
+from flexmore_ray.moments.files import Metric
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, suggest
-from flexmore_ray.spectra import Decomposition, decompose, decompose_factors, delta
+from flexmore_ray.spectra import Decomposition, Factors, decompose, decompose_factors, delta
 from flexmore_ray.storage import AnyPath, StorageError, matching, open_path
 from flexmore_ray.store import (
     ALGORITHM_VERSION,
@@ -35,6 +37,7 @@ from flexmore_ray.store import (
     Entry,
     FactorStore,
     Progress,
+    Recipe,
     WeightSource,
     check_digests,
     check_rows,
@@ -48,15 +51,8 @@ from flexmore_ray.store import (
     read_spectrum,
     row_checksums,
     tensor_bytes,
+    write_safetensors,
 )
-
-_TAGS = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
 
 
 class StoreWriter:
@@ -68,17 +64,18 @@ class StoreWriter:
     Args:
         folder: made if it is missing.
         dtype: of the stored factors, a key of `STORE_DTYPES`.
+        recipe: of the factors; None means that of the folder's store, the plain decomposition of a new store.
 
     Raises:
-        StoreError: the folder cannot be written, or holds a store of another dtype.
+        StoreError: the folder cannot be written, or holds a store of another dtype or weighting.
         UsageError: an unknown dtype.
     """
 
-    def __init__(self, folder: str | AnyPath, dtype: str = "float32") -> None:
+    def __init__(self, folder: str | AnyPath, dtype: str = "float32", recipe: Recipe | None = None) -> None:
         if dtype not in STORE_DTYPES:
             raise UsageError(f"dtype: unknown {dtype!r}; {suggest(dtype, tuple(STORE_DTYPES))}")
         self.folder = open_path(folder)
-        self.dtype = dtype
+        self.dtype, self._recipe = dtype, recipe
         with _writing(self.folder):
             (self.folder / "factors").mkdir(parents=True, exist_ok=True)
             remove_abandoned(self.folder)
@@ -93,12 +90,43 @@ class StoreWriter:
                 f"{self.folder}: holds factors in {manifest['dtype']}, asked for {self.dtype}; "
                 "a store has one dtype, name another folder with --store"
             )
+        held = manifest.get("weighting", "none")
+        if self._recipe is not None and held != self._recipe.weighting:
+            raise StoreError(
+                f"{self.folder}: holds factors of weighting {held}, asked for {self._recipe.weighting}; "
+                "a store has one weighting, name another folder with --store"
+            )
         return manifest
 
-    def stem(self, expert_digest: str, public_digest: str) -> str:
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the factors.
+
+        Raises:
+            StoreError: the store is weighted and the moments were not named.
+        """
+        if self._recipe is None and self._weighting != "none":
+            if self._weighting == "healed":
+                raise StoreError(
+                    f"{self.folder}: its factors were trained, so it cannot be extended; heal to another --out"
+                )
+            raise StoreError(
+                f"{self.folder}: its factors are weighted ({self._weighting}), so what it lacks needs the moments; "
+                f"complete it: flexmore decompose ... --store {self.folder} --weighting {self._weighting} --moments DIR"
+            )
+        return self._recipe or Metric()
+
+    @property
+    def _weighting(self) -> str:
+        if self._recipe is not None:
+            return self._recipe.weighting
+        return str((self.committed or {}).get("weighting", "none"))
+
+    def stem(self, key: MatrixKey, expert_digest: str, public_digest: str) -> str:
         """Name that files of this pair of matrices begin with."""
         content = [ALGORITHM_VERSION, expert_digest, public_digest, self.dtype]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
+        recipe = self.recipe.recipe(key)
+        return hashlib.sha256(json.dumps(content + [recipe] * bool(recipe)).encode()).hexdigest()[:40]
 
     def find(
         self, key: MatrixKey, rank: int, expert_digest: str, public_digest: str, *, thorough: bool = False
@@ -115,8 +143,13 @@ class StoreWriter:
             public_digest: SHA-256 of the public expert's matrix.
             thorough: check files that the manifest names in full, too.
         """
-        known = {} if thorough else {entry.file: entry for entry in read_entries(self.committed or {"entries": []})}
-        stem = self.stem(expert_digest, public_digest)
+        held = read_entries(self.committed or {"entries": []})
+        if self._recipe is None and self._weighting != "none":  # what a run without moments can use
+            digests = expert_digest, public_digest
+            usable = (entry for entry in held if (entry.expert_digest, entry.public_digest) == digests)
+            return next((entry for entry in usable if entry.key == key and entry.rank >= rank), None)
+        known = {} if thorough else {entry.file: entry for entry in held}
+        stem = self.stem(key, expert_digest, public_digest)
         for path in reversed(matching(self.folder / "factors", f"{stem}-r*.safetensors")):
             if int(path.stem.rpartition("-r")[2]) < rank:
                 break
@@ -154,9 +187,11 @@ class StoreWriter:
             "error_ratio": result.error_ratio,
             "residual_energy": result.residual_energy,
         }
+        if recipe := self.recipe.recipe(key):
+            about["recipe"] = recipe
         values = result.singular_values.to("cpu", torch.float64).contiguous()
         tensors = {"a": a, "bt": bt, "singular_values": values, "row_checksums": row_checksums(a, bt)}
-        name = f"factors/{self.stem(expert_digest, public_digest)}-r{result.factors.rank:06d}.safetensors"
+        name = f"factors/{self.stem(key, expert_digest, public_digest)}-r{result.factors.rank:06d}.safetensors"
         size, sha256 = _write_whole(self.folder / name, lambda file: _write_safetensors(file, tensors, about))
         return Entry(**key._asdict(), file=name, size=size, sha256=sha256, **about)
 
@@ -183,6 +218,8 @@ class StoreWriter:
     def _serves(self, old: Entry, new: Entry) -> bool:
         """Whether what the manifest says of a matrix may stay, though `new` is there as well."""
         path = self.folder / old.file
+        if old.recipe != new.recipe:
+            return False
         return old.file != new.file and old.rank >= new.rank and path.exists() and path.stat().st_size == old.size
 
     def _manifest(
@@ -195,13 +232,15 @@ class StoreWriter:
         order = sorted(
             entries, key=lambda key: (experts.index(key.expert), key.layer, PROJECTIONS.index(key.projection))
         )
+        weighting = {} if self._weighting == "none" else {"weighting": self._weighting}
         return {
             "format": FORMAT,
             "algorithm_version": ALGORITHM_VERSION,
             "dtype": self.dtype,
+            **weighting,
             "sources": sources,
             "experts": experts,
-            "entries": [dataclasses.asdict(entries[key]) for key in order],
+            "entries": [_row(entries[key]) for key in order],
         }
 
     def _write_manifest(self, manifest: dict[str, Any], entries: Mapping[MatrixKey, Entry]) -> None:
@@ -228,6 +267,7 @@ def build_store(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     thorough: bool = False,
+    metric: Metric | None = None,
     progress: Progress | None = None,
 ) -> FactorStore:
     """Decompose every delta of a source's domain experts into a store, or finish or extend one.
@@ -242,16 +282,18 @@ def build_store(
         dtype: of the stored factors: float32, bfloat16 or float16.
         device: where to decompose.
         thorough: read files that the manifest names in full to see whether they are still good.
+        metric: in which to decompose; None means that of the folder's store, the plain one of a new store.
         progress: told of every matrix.
 
     Raises:
-        StoreError: the folder cannot be written, or holds a store of other weights or dtype.
+        StoreError: the folder cannot be written, or holds a store of other weights, dtype or metric.
+        FlexmoreError: moments are missing, not finished or of another model.
         CheckpointError: a weight has NaN or infinity; names the matrix.
         UsageError: a bad rank, dtype or device.
     """
     check_max_rank(max_rank)
     place = parse_device(device)
-    writer = StoreWriter(folder, dtype)
+    writer = StoreWriter(folder, dtype, metric)
     if writer.committed:
         check_digests(writer.folder, read_entries(writer.committed), source)
     keys = matrix_keys(source)
@@ -261,7 +303,7 @@ def build_store(
         entry = writer.find(key, target_rank(source, key, max_rank), *digests, thorough=thorough)
         action = "kept"
         if entry is None:
-            entry = writer.put(key, decompose_matrix(source, key, max_rank, place), *digests)
+            entry = writer.put(key, decompose_matrix(source, key, max_rank, place, writer.recipe), *digests)
             decomposed, action = decomposed + 1, f"decomposed ({entry.method})"
         entries.append(entry)
         if progress:
@@ -282,7 +324,11 @@ def check_max_rank(max_rank: int | None) -> None:
 
 
 def decompose_matrix(
-    source: WeightSource, key: MatrixKey, max_rank: int | None = None, device: str | torch.device = "cpu"
+    source: WeightSource,
+    key: MatrixKey,
+    max_rank: int | None = None,
+    device: str | torch.device = "cpu",
+    recipe: Recipe | None = None,
 ) -> Decomposition:
     """Decompose one delta of a source; a matrix born low-rank never becomes dense.
 
@@ -291,12 +337,16 @@ def decompose_matrix(
         key: a matrix of a domain expert.
         max_rank: highest rank wanted; None means all.
         device: where to compute.
+        recipe: a `Metric` in which to decompose; None means the plain one.
 
     Raises:
-        CheckpointError: NaN or infinity in the weights, or no method passed its check.
+        CheckpointError: NaN or infinity in the weights or moments, or no method passed its check.
+        FlexmoreError: moments are missing, not finished or of another model.
     """
     born = source.born_factors(key)
     try:
+        if isinstance(recipe, Metric) and recipe.weighting != "none":
+            return _decompose_weighted(source, key, max_rank, device, recipe)
         if born is None:
             public = source.weight(key._replace(expert=source.experts[0])).to(device)
             return decompose(delta(source.weight(key).to(device), public), max_rank)
@@ -304,6 +354,25 @@ def decompose_matrix(
         return _truncated(result, min(max_rank or result.factors.rank, result.factors.rank))
     except (ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{key}: {one_line(error)}") from None
+
+
+def _decompose_weighted(
+    source: WeightSource, key: MatrixKey, max_rank: int | None, device: str | torch.device, metric: Metric
+) -> Decomposition:
+    base = key._replace(expert=source.experts[0])
+    moments = metric.moments.matrix(key, source.digest(key), source.digest(base)).to(device)
+    change: Tensor | Factors | None = source.born_factors(key)
+    if isinstance(change, Factors):
+        change = Factors(change.a.to(device), change.bt.to(device))
+    else:
+        change = delta(source.weight(key).to(device), source.weight(base).to(device))
+    return decompose_weighted(change, moments, metric.weighting, max_rank, metric.damping)
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """An entry in the manifest; what only weighted stores have is left out of plain ones."""
+    row = dataclasses.asdict(entry)
+    return row if entry.recipe else {name: value for name, value in row.items() if name != "recipe"}
 
 
 def _truncated(result: Decomposition, rank: int) -> Decomposition:
@@ -337,28 +406,10 @@ def target_rank(source: WeightSource, key: MatrixKey, max_rank: int | None) -> i
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write the safetensors format straight from the tensors' memory.
-
-    The library's own writer copies all tensors first, which would double the memory needed.
-    """
     text = json.dumps(about, sort_keys=True)
     checksums = [zlib.crc32(text.encode()), zlib.crc32(tensor_bytes(tensors["singular_values"]))]
     checksums.append(zlib.crc32(tensor_bytes(tensors["row_checksums"])))
-    header: dict[str, Any] = {"__metadata__": {"entry": text, "checksums": json.dumps(checksums)}}
-    offset = 0
-    for name, tensor in tensors.items():
-        stop = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _TAGS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    file.write(len(head).to_bytes(8, "little") + head)
-    for tensor in tensors.values():
-        file.write(memoryview(tensor_bytes(tensor)).cast("B"))
+    write_safetensors(file, tensors, {"entry": text, "checksums": json.dumps(checksums)})
 
 
 def _check_file(folder: AnyPath, name: str, key: MatrixKey) -> Entry | None:

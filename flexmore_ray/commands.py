@@ -18,6 +18,7 @@ from flexmore_ray.errors import UsageError
 from flexmore_ray.tables import columns
 
 if TYPE_CHECKING:
+    from flexmore_ray.moments.files import Metric
     from flexmore_ray.simulate import Outcome
     from flexmore_ray.source import Source
     from flexmore_ray.spec import Assignment, ExpertRank, MixtureSpec, ModelShape
@@ -152,13 +153,129 @@ def run_merge(args: argparse.Namespace) -> Result:
     return {"out": str(args.out), "experts": list(source.experts), "router": args.router}
 
 
-def run_decompose(args: argparse.Namespace) -> Result:
-    """Decompose every delta of a source into a store: here, or on the cluster that this process belongs to."""
+def run_moments(args: argparse.Namespace) -> Result:
+    """Gather the second moments of experts' matrices on their owners' texts."""
+    from flexmore_ray.budget import parse_budget
+    from flexmore_ray.evaluate import use_few_threads
+    from flexmore_ray.moments.files import Settings
+    from flexmore_ray.moments.gather import gather
     from flexmore_ray.source import open_source
 
     source = open_source(args.source, args.experts)
+    use_few_threads(source.shape.hidden_size)
+    settings = Settings(form=args.moments, rows=args.sketch_rows, max_tokens=args.max_tokens)
+    with tqdm(desc="gathering", unit="document", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def advance(expert: str, done: int, total: int) -> None:
+            bar.set_description(expert, refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        tokens = gather(
+            source,
+            _named_files(args.data),
+            _place(args.out),
+            settings,
+            memory=parse_budget(args.memory, 0, in_bytes=True, where="--memory"),
+            batch_tokens=args.batch_tokens,
+            device=args.device,
+            dtype=args.dtype,
+            progress=advance,
+        )
+    print(columns([["expert", "predicted tokens"], *([name, f"{count:,}"] for name, count in tokens.items())]))
+    print(f"\n{args.out}: {settings.form} moments; next: flexmore decompose ... --weighting both --moments {args.out}")
+    return {"out": str(args.out), "moments": settings.form, "tokens": tokens}
+
+
+def run_decompose(args: argparse.Namespace) -> Result:
+    """Decompose every delta of a source into a store: here, or on the cluster that this process belongs to."""
+    from flexmore_ray.moments.files import Metric
+    from flexmore_ray.source import open_source
+
+    metric = Metric(weighting=args.weighting, folders=_folders(args.moments), damping=args.damping)
+    source = open_source(args.source, args.experts)
+    metric.check(source, source.experts[1:])
     decompose = _decompose_on_cluster if _on_cluster() else _decompose_here
-    return _describe_store(decompose(args, source), source)
+    return _describe_store(decompose(args, source, metric), source)
+
+
+def _folders(moments: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(str(_place(folder).resolve()) for folder in moments or [])
+
+
+def run_heal(args: argparse.Namespace) -> Result:
+    """Train factors of a store into one of their own."""
+    from flexmore_ray.evaluate import use_few_threads
+    from flexmore_ray.heal import OTHERS_EVERY, STEP_DAMPING, Settings, heal
+    from flexmore_ray.moments.files import Metric
+    from flexmore_ray.source import open_source
+    from flexmore_ray.store import open_store
+
+    source, data = open_source(args.source, args.experts), _named_files(args.data)
+    use_few_threads(source.shape.hidden_size)
+    names = ("steps", "batch_tokens", "learning_rate", "max_rank", "max_tokens", "seed")
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    metric = None
+    if args.moments:
+        metric = Metric(weighting="both", folders=_folders(args.moments), damping=STEP_DAMPING)
+        metric.check(source, [name for name in data if name in source.experts[1:]])
+    losses: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        train = None
+        if args.workers != 1 or args.gpus is not None:
+            from flexmore_ray.heal_ray import Workers
+            from flexmore_ray.runtime import cluster
+
+            on_gpus = args.device.startswith("cuda")
+            if on_gpus and args.gpus == 0:
+                raise UsageError(f"--gpus: workers with --device {args.device} need 1, got 0; leave one of them out")
+            train = Workers(args.workers, int(on_gpus) if args.gpus is None else args.gpus)
+            stack.enter_context(cluster(runs=f"heal {Path(args.out).name}"))
+        bar = stack.enter_context(tqdm(desc="healing", unit="step", disable=not sys.stderr.isatty(), leave=False))
+
+        def advance(expert: str, done: int, total: int, loss: float) -> None:
+            if done % OTHERS_EVERY:  # of the owner's own texts
+                losses[expert] = loss if expert not in losses else 0.9 * losses[expert] + 0.1 * loss
+                bar.set_description(f"{expert}, {losses[expert]:.3f} nats", refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        store = heal(
+            source,
+            open_store(_place(args.store)),
+            data,
+            _place(args.out),
+            settings,
+            metric=metric,
+            device=args.device,
+            progress=advance,
+            train=train,
+        )
+    healed = [name for name in data if name != source.experts[0]]
+    rows = [[name, f"{losses[name]:.4f}" if name in losses else "was done"] for name in healed]
+    print(columns([["expert", "loss on its texts at the end, nats a token"], *rows]))
+    print(f"\n{store.folder}: healed factors of {', '.join(healed)}; the other experts' as they were")
+    return {"store": str(store.folder), "healed": healed, "loss": losses}
+
+
+def run_refit(args: argparse.Namespace) -> Result:
+    """Fit the router rows of a mixture again, at its ranks."""
+    from flexmore_ray.refit import refit
+
+    settings = {key: value for key in ("ridge", "temperature") if (value := getattr(args, key)) is not None}
+    with tqdm(desc="reading", unit="document", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def advance(expert: str, done: int, total: int) -> None:
+            bar.set_description(expert, refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        data, out = _named_files(args.data), _place(args.out)
+        made = refit(args.mixture, data, out, experts=args.experts, device=args.device, progress=advance, **settings)
+    print(columns([["expert", "tokens"], *([name, f"{count:,}"] for name, count in made.tokens.items())]))
+    print(f"\n{made.mixture}: the mixture with the router rows of {made.router.name}, {made.mixture_id}")
+    identity = {"mixture": str(made.mixture), "router": str(made.router), "mixture_id": made.mixture_id}
+    return identity | {"tokens": dict(made.tokens)}
 
 
 def _on_cluster() -> bool:
@@ -167,7 +284,7 @@ def _on_cluster() -> bool:
     return started or os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def _decompose_here(args: argparse.Namespace, source: Source) -> FactorStore:
+def _decompose_here(args: argparse.Namespace, source: Source, metric: Metric) -> FactorStore:
     from flexmore_ray.build import build_store
 
     if args.gpus is not None or args.pin:
@@ -185,11 +302,12 @@ def _decompose_here(args: argparse.Namespace, source: Source) -> FactorStore:
             dtype=args.dtype,
             device=args.device,
             thorough=args.verify,
+            metric=metric,
             progress=advance,
         )
 
 
-def _decompose_on_cluster(args: argparse.Namespace, source: Source) -> FactorStore:
+def _decompose_on_cluster(args: argparse.Namespace, source: Source, metric: Metric) -> FactorStore:
     """One actor and one bar per expert."""
     from flexmore_ray.experts import decompose_on_cluster
     from flexmore_ray.runtime import cluster
@@ -218,6 +336,7 @@ def _decompose_on_cluster(args: argparse.Namespace, source: Source) -> FactorSto
             num_gpus=gpus,
             pin=pin,
             thorough=args.verify,
+            metric=metric,
             progress=advance,
         )
 
@@ -294,7 +413,7 @@ def run_grid(args: argparse.Namespace) -> Result:
 
 def run_simulate(args: argparse.Namespace) -> Result:
     """Say what a grid or a search would take and cost on so many workers."""
-    from flexmore_ray.forecast import forecasts, table
+    from flexmore_ray.simulate.forecast import forecasts, table
 
     given = [name for name in ("plan", "preset", "search") if getattr(args, name)]
     if len(given) != 1:
@@ -313,11 +432,11 @@ def run_simulate(args: argparse.Namespace) -> Result:
 
 def _calibrated_grid(args: argparse.Namespace) -> tuple[Callable[[int], Outcome], Result]:
     """A grid on so many workers, and what is said of it."""
-    from flexmore_ray.calibrate import calibrate
-    from flexmore_ray.forecast import assumptions, describe, grid_units
     from flexmore_ray.grid import Grid, Options
     from flexmore_ray.plan import read_plan
     from flexmore_ray.simulate import simulate
+    from flexmore_ray.simulate.calibrate import calibrate
+    from flexmore_ray.simulate.forecast import assumptions, describe, grid_units
 
     if not args.calibrate:
         raise UsageError("--calibrate: the results folder of a run is needed, such as that of a small grid")
@@ -443,8 +562,8 @@ def _pins(args: argparse.Namespace) -> dict[str, str]:
 def _named_files(items: Sequence[str]) -> dict[str, AnyPath]:
     files: dict[str, AnyPath] = {}
     for text in items:
-        name, equals, path = text.partition("=")
-        if not equals:
+        name, _, path = text.partition("=")
+        if not (name and path):
             raise UsageError(f"--data: name=FILE is needed, got {text!r}")
         if name in files:
             raise UsageError(f"--data: {name} is given twice")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flexmore_ray.build import StoreWriter, check_max_rank, decompose_matrix, target_rank
 from flexmore_ray.errors import StoreError, UsageError
+from flexmore_ray.moments.files import Metric
 from flexmore_ray.source import Source, open_source, resolve_folder
 from flexmore_ray.spec import MatrixKey
 from flexmore_ray.spectra import Factors
@@ -118,6 +119,7 @@ class Expert:
         max_rank: highest rank to decompose to and to serve, inclusive; None means all.
         memory: bytes of factors to hold at most. One larger matrix is served from the store, row by row.
         device: where to decompose and hold; None means a GPU where there is one.
+        metric: in which to decompose; None means that of the folder's store, the plain one of a new store.
         observe: told of events as they happen.
 
     Raises:
@@ -134,6 +136,7 @@ class Expert:
         max_rank: int | None = None,
         memory: int = MEMORY,
         device: str | None = None,
+        metric: Metric | None = None,
         observe: Observe | None = None,
     ) -> None:
         check_max_rank(max_rank)
@@ -141,7 +144,7 @@ class Expert:
             raise UsageError(f"memory: bytes to hold at most, 0 or more, got {memory}")
         self.name = name
         self._weights, self._folder, self._dtype, self._max_rank = weights, open_path(folder), dtype, max_rank
-        self._asked_device, self._observe = device, observe
+        self._asked_device, self._metric, self._observe = device, metric, observe
         self._cache = FactorCache(memory)
         self._counts: collections.Counter[str] = collections.Counter()
         self._entries: dict[MatrixKey, Entry] = {}
@@ -289,7 +292,7 @@ class Expert:
         entry, factors = writer.find(key, self.max_rank(key), *digests, thorough=thorough), None
         if entry is None:
             with self._computing:
-                result = decompose_matrix(source, key, self._max_rank, device)
+                result = decompose_matrix(source, key, self._max_rank, device, writer.recipe)
                 self._writing.acquire()
             try:
                 factors = _converted(result.factors, self.dtype)
@@ -323,7 +326,7 @@ class Expert:
         with self._opening:
             if self._opened is None:
                 device = self._asked_device or ("cuda" if torch.cuda.is_available() else "cpu")
-                place, writer = parse_device(device), StoreWriter(self._folder, self._dtype)
+                place, writer = parse_device(device), StoreWriter(self._folder, self._dtype, self._metric)
                 self._opened = self._weights(), writer, place
             return self._opened
 

@@ -25,6 +25,7 @@ from flexmore_ray.build import StoreWriter, check_max_rank, matrix_keys
 from flexmore_ray.errors import FlexmoreError, StoreError, UsageError
 from flexmore_ray.expert import MEMORY, Expert, Holdings, opener
 from flexmore_ray.metrics import ExpertMetrics
+from flexmore_ray.moments.files import Metric
 from flexmore_ray.placement import Needs, check_room, offer
 from flexmore_ray.runtime import move_when_leaving, nodes
 from flexmore_ray.spec import MatrixKey, ModelShape, suggest
@@ -36,6 +37,7 @@ from flexmore_ray.store import (
     FactorStore,
     WeightSource,
     check_digests,
+    joint_recipe,
     open_store,
     read_entries,
 )
@@ -67,6 +69,7 @@ class ExpertActors:
         folder: the store that actors write through to.
         dtype: of the factors, a key of `STORE_DTYPES`.
         transport: chooses Ray's direct transport from an actor to a receiver; None where the actors have none.
+        metric: in which deltas are decomposed; None means that of the folder's store.
     """
 
     def __init__(
@@ -77,14 +80,23 @@ class ExpertActors:
         folder: AnyPath,
         dtype: str,
         transport: Callable[[Place, Place], str | None] | None = None,
+        metric: Metric | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self._metric = folder, metric
         self._actors, self._source, self._shape, self._dtype = dict(actors), source, shape, dtype
         self._choose_transport = transport
         self._places: dict[str, Place] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ExpertActors, (self._actors, None, self._shape, self.folder, self._dtype, self._choose_transport)
+        return ExpertActors, (
+            self._actors,
+            None,
+            self._shape,
+            self.folder,
+            self._dtype,
+            self._choose_transport,
+            self._metric,
+        )
 
     def __enter__(self) -> ExpertActors:
         return self
@@ -105,6 +117,13 @@ class ExpertActors:
     def dtype(self) -> torch.dtype:
         """Dtype of the factors."""
         return STORE_DTYPES[self._dtype]
+
+    def recipe(self, expert: str) -> str:
+        """What decided an expert's factors besides its weights: empty, but for a weighted store's."""
+        if self._metric is None and StoreWriter(self.folder, self._dtype).committed:
+            return open_store(self.folder).recipe(expert)
+        recipes = [self._metric.recipe(key) for key in self._shape.keys(expert)] if self._metric else []
+        return joint_recipe(recipes)
 
     # ---- a FactorSource
 
@@ -187,7 +206,7 @@ class ExpertActors:
             StoreError: the store is of other weights, cannot be written, or is not seen by all nodes.
         """
         source = self._owned_source()
-        writer = StoreWriter(self.folder, self._dtype)
+        writer = StoreWriter(self.folder, self._dtype, self._metric)
         if writer.committed:
             check_digests(self.folder, read_entries(writer.committed), source)
         queues = {name: self._shape.keys(name) for name in self._actors}
@@ -223,7 +242,7 @@ class ExpertActors:
         source = self._owned_source()
         if {entry.key for entry in entries} != set(matrix_keys(source)):
             return None
-        writer = StoreWriter(self.folder, self._dtype)
+        writer = StoreWriter(self.folder, self._dtype, self._metric)
         known = {entry.file for entry in read_entries(writer.committed or {"entries": []})}
         if {entry.file for entry in entries} <= known:
             return open_store(self.folder)
@@ -348,6 +367,7 @@ def start_experts(
     pin: Mapping[str, str] | None = None,
     max_rank: int | None = None,
     dtype: str = "float32",
+    metric: Metric | None = None,
     wait: float = START_SECONDS,
     run: str = "decompose",
 ) -> ExpertActors:
@@ -367,6 +387,8 @@ def start_experts(
             resource that these nodes have.
         max_rank: highest rank to decompose to and to serve, inclusive; None means all.
         dtype: of the factors: float32, bfloat16 or float16.
+        metric: in which to decompose, its folders on storage that all nodes share; None means that of the folder's
+            store, the plain one of a new store.
         wait: seconds that the actors may take to come up.
         run: what they belong to, in words, for their names and metrics.
 
@@ -380,7 +402,7 @@ def start_experts(
         if name not in names:
             raise UsageError(f"pin: no domain expert is called {name!r}; {suggest(name, names)}")
     check_max_rank(max_rank)
-    writer = StoreWriter(folder, dtype)
+    writer = StoreWriter(folder, dtype, metric)
     if writer.committed:
         check_digests(folder, read_entries(writer.committed), source)
     needs = {name: Needs(num_gpus=num_gpus, pin=(pin or {}).get(name)) for name in names}
@@ -388,6 +410,7 @@ def start_experts(
     unique = uuid.uuid4().hex[:4]
     settings = {
         "dtype": dtype,
+        "metric": metric,
         "max_rank": max_rank,
         "memory": memory,
         "device": device or ("cuda" if num_gpus else "cpu"),
@@ -401,7 +424,7 @@ def start_experts(
         )
         for name in names
     }
-    handle = ExpertActors(actors, source, source.shape, folder, dtype, transport)
+    handle = ExpertActors(actors, source, source.shape, folder, dtype, transport, metric)
     try:
         _wait_for(actors, needs, wait)
     except BaseException:
@@ -420,12 +443,13 @@ def decompose_on_cluster(
     device: str | None = None,
     pin: Mapping[str, str] | None = None,
     thorough: bool = False,
+    metric: Metric | None = None,
     progress: ExpertProgress | None = None,
 ) -> FactorStore:
     """Decompose every delta of a source's domain experts into a store, like `build_store`, on all nodes.
 
     Args:
-        source, folder, max_rank, dtype, num_gpus, device, pin: see `start_experts`.
+        source, folder, max_rank, dtype, num_gpus, device, pin, metric: see `start_experts`.
         thorough: read files that the manifest names in full to see whether they are still good.
         progress: told of every matrix.
 
@@ -433,7 +457,15 @@ def decompose_on_cluster(
         as `start_experts` and `build_store`.
     """
     with start_experts(
-        source, folder, num_gpus=num_gpus, device=device, memory=0, pin=pin, max_rank=max_rank, dtype=dtype
+        source,
+        folder,
+        num_gpus=num_gpus,
+        device=device,
+        memory=0,
+        pin=pin,
+        max_rank=max_rank,
+        dtype=dtype,
+        metric=metric,
     ) as actors:
         cpus = None if num_gpus else max(1, int(ray.cluster_resources().get("CPU", 1)))
         return actors.complete(progress, thorough=thorough, at_once=cpus)

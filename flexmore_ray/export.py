@@ -16,14 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexmore_ray.checkpoint import (
+from flexmore_ray.checkpoint import expert_tensor, router_tensor, shared_tensors
+from flexmore_ray.checkpoint.writing import (
     TensorPlan,
     check_new,
     copy_tokenizer,
-    expert_tensor,
     new_folder,
-    router_tensor,
-    shared_tensors,
     verify_tensors,
     write_config,
     write_tensors,

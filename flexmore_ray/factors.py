@@ -33,7 +33,10 @@ def open_parts(spec: MixtureSpec, store: str | AnyPath | None) -> tuple[Parts, A
     parts = open_mixture(spec)
     if spec.source:
         parts = dataclasses.replace(parts, spec=dataclasses.replace(parts.spec, store=None))
-    return parts, open_path(store).resolve() if store else CachedFactors(parts.source, 1).folder
+    folder = open_path(store).resolve() if store else CachedFactors(parts.source, 1).folder
+    if isinstance(parts.factors, CachedFactors):
+        parts = dataclasses.replace(parts, factors=CachedFactors(parts.source, 1, folder))
+    return parts, folder
 
 
 def base_spec(parts: Parts, folder: AnyPath) -> MixtureSpec:
@@ -44,7 +47,7 @@ def base_spec(parts: Parts, folder: AnyPath) -> MixtureSpec:
         folder: the store that it found.
     """
     experts = parts.spec.experts or (None if parts.spec.source else open_store(folder).experts)
-    return MixtureSpec(source=tuple(parts.source.describe()), experts=experts)
+    return MixtureSpec(source=tuple(parts.source.describe()), experts=experts, router=parts.spec.router)
 
 
 @contextlib.contextmanager

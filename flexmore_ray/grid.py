@@ -49,7 +49,7 @@ from flexmore_ray.store import FactorSource
 from flexmore_ray.worker import Worker
 
 SHARD_DOCUMENTS = 500
-_WRITERS = 4  # threads that commit: most of a commit is waiting for the disk
+_WRITERS = 16  # threads that commit: most of a commit is waiting for the disk or the store
 _COMMITS = 64  # under way at once, at most
 _CELL_BYTES, _DOCUMENT_BYTES = 12_000, 100  # what the files of a cell take, and a row of its samples
 _LEAST = {"workers": 1, "shard_documents": 1, "num_cpus": 0, "num_gpus": 0, "expert_gpus": 0}

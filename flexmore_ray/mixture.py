@@ -11,19 +11,19 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from flexmore_ray.budget import ParameterCount, count_parameters
 from flexmore_ray.build import build_store
-from flexmore_ray.cache import cache_folder, local_folder
 from flexmore_ray.checkpoint import DTYPES, TOKENIZER_FILES, shared_tensors
 from flexmore_ray.errors import UsageError
 from flexmore_ray.modeling import (
@@ -34,10 +34,21 @@ from flexmore_ray.modeling import (
     FlexMoreForCausalLM,
     FlexMoreRemoteExpert,
 )
-from flexmore_ray.source import Guest, Source, open_source
-from flexmore_ray.spec import FULL, PROJECTIONS, Assignment, ExpertRank, MatrixKey, MixtureSpec, ModelShape, suggest
+from flexmore_ray.router import RouterRows
+from flexmore_ray.source import Guest, Source, open_source, with_rows
+from flexmore_ray.spec import (
+    FULL,
+    PROJECTIONS,
+    Assignment,
+    ExpertRank,
+    MatrixKey,
+    MixtureSpec,
+    ModelShape,
+    suggest,
+)
 from flexmore_ray.spectra import Factors
 from flexmore_ray.storage import AnyPath, StorageError, open_path
+from flexmore_ray.storage.cache import cache_folder, local_folder
 from flexmore_ray.store import FactorSource, open_store, parse_device
 
 _OUTPUT_CONFIG = (
@@ -70,24 +81,45 @@ class CachedFactors:
     Args:
         source: the experts.
         rank: hold factors up to this rank from the first pass on.
+        folder: of the store; None means one in the cache, named after the weights.
     """
 
     dtype = torch.float32
+    weighting = "none"
 
-    def __init__(self, source: Source, rank: int) -> None:
-        self.source, self.rank = source, rank
+    def __init__(self, source: Source, rank: int, folder: AnyPath | None = None) -> None:
+        self.source, self.rank, self._folder = source, rank, folder
         self._store: FactorSource | None = None
 
     def factors(self, key: MatrixKey, rank: int) -> Factors:
         """Factors of one matrix at `rank`; decomposes the source where that is more than is held."""
+        return self._holding(key, rank).factors(key, rank)
+
+    def spectrum(self, key: MatrixKey) -> Tensor:
+        """All singular values of one delta; decomposes the source where not all are held."""
+        return self._holding(key, self.source.shape.full_rank).spectrum(key)
+
+    def _holding(self, key: MatrixKey, rank: int) -> FactorSource:
+        """The store, extended to a rank."""
         if self._store is None or self._store.max_rank(key) < rank:
             self.rank = max(self.rank, rank)
-            self._store = build_store(self.source, self.folder, max_rank=self.rank)
-        return self._store.factors(key, rank)
+            with tqdm(desc="decomposing", unit="matrix", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+                def told(*_: object) -> None:
+                    bar.update()
+
+                self._store = build_store(self.source, self.folder, max_rank=self.rank, progress=told)
+        return self._store
+
+    def recipe(self, expert: str) -> str:
+        """Nothing besides the weights decides these factors."""
+        return ""
 
     @functools.cached_property
-    def folder(self) -> Path:
-        """The store's folder, named after the weights."""
+    def folder(self) -> AnyPath:
+        """The store's folder."""
+        if self._folder is not None:
+            return self._folder
         keys = [key for name in self.source.experts for key in self.source.shape.keys(name)]
         content = [self.source.digest(key) for key in keys]
         return cache_folder() / hashlib.sha256("".join([*self.source.experts, *content]).encode()).hexdigest()[:16]
@@ -130,6 +162,9 @@ class Parts:
     def identified(self) -> MixtureSpec:
         """The spec with its `mixture_id`, which reads (and hashes) the weights of all kept experts."""
         digests = {name: self.source.expert_digest(name) for name in self.assignment.ranks}
+        for name in filter(self.is_cut, digests):
+            if recipe := self.factors.recipe(name):
+                digests[name] += f" {recipe}"
         others = list(_output_settings(self.source))
         others.append(str(self.factors.dtype) if self.uses_factors else None)
         digests["shared"] = f"{self.source.shared_digest} {json.dumps(others, sort_keys=True)}"
@@ -143,8 +178,12 @@ class Parts:
     @property
     def uses_factors(self) -> bool:
         """Whether any matrix is cut to a rank of its decomposition, rather than used as its owner made it."""
+        return any(map(self.is_cut, self.assignment.ranks))
+
+    def is_cut(self, name: str) -> bool:
+        """Whether any matrix of a kept expert is cut to a rank of its decomposition."""
         born = self.source.born_ranks
-        return any(self.assignment.rank(key) not in (FULL, born.get(key)) for key in self.matrix_keys())
+        return any(self.assignment.rank(key) not in (FULL, born.get(key)) for key in self.source.shape.keys(name))
 
 
 def open_mixture(
@@ -164,11 +203,11 @@ def open_mixture(
         source: the experts, where they are open already; None opens what the spec names.
         factors: where to take factors from; None means the spec's store, else the cache.
         guests: experts whose matrices stay with their owners; see `open_source`.
-        verify: whether to check, by hashing the weights, that the spec's store was made from them.
+        verify: whether to check, by hashing the weights, that the spec's store and router rows were made for them.
 
     Raises:
         UsageError: the mixture breaks a rule.
-        CheckpointError: its source cannot be read.
+        CheckpointError: its source or its router rows cannot be read, or the rows are of another model.
         StoreError: its store cannot be read, or was made from other weights.
     """
     spec = read_spec(mixture, experts)
@@ -181,13 +220,41 @@ def open_mixture(
     here = source.without(guests) if guests else source
     if store is not None and verify:
         store.check_source(here)
+    if spec.router:
+        source = with_rows(source, RouterRows.load(spec.router), verify=verify)
     spec = dataclasses.replace(
         spec,
         source=tuple(source.describe()) if spec.source else (),
         store=str(open_path(spec.store).resolve()) if spec.store else None,
+        router=str(open_path(spec.router).resolve()) if spec.router else None,
     )
     assignment = _assign(spec, source)
     return Parts(spec, source, factors or store or CachedFactors(here, assignment.highest_rank), assignment)
+
+
+def check_same_factors(spec: MixtureSpec, parts: Parts, where: str) -> None:
+    """Check that what a mixture file cuts would be cut alike with the factors of some parts.
+
+    Args:
+        spec: of the file.
+        parts: with whose factors it is to be made.
+        where: the file's name in errors.
+
+    Raises:
+        UsageError: its store has other factors of an expert: of another metric, or healed.
+        StoreError: its store cannot be read, or was made from other weights.
+    """
+    store = open_store(spec.store) if spec.store else None
+    if store is not None:
+        store.check_source(parts.source)
+    variant = parts.with_spec(dataclasses.replace(parts.spec, ranks=spec.ranks, active=1, mixture_id=None))
+    for name in filter(variant.is_cut, variant.assignment.ranks):
+        theirs = store.recipe(name) if store is not None else ""
+        if theirs != parts.factors.recipe(name):
+            raise UsageError(
+                f"{where}: its factors of {name} are those of {spec.store or 'a plain decomposition'}, other ones than "
+                "are used here; give --store that of the file, or run it on its own"
+            )
 
 
 def _assign(spec: MixtureSpec, source: Source) -> Assignment:

@@ -4,6 +4,7 @@ A plan is a YAML file, or a preset with a source and tasks. Mixture files in it 
 other paths relative to the working directory.
 
     source: zoo://nano                     # or store: DIR, or a list of name=FOLDER
+    router: new.router.safetensors         # optional: router rows of all its mixtures, as flexmore refit writes them
     experts: [public, math, ...]           # optional: names for an N-expert checkpoint
     tasks: nano                            # a suite, a task, or a list of them
     split: validation                      # or test
@@ -15,33 +16,45 @@ other paths relative to the working directory.
         active: [2, 4, all]
       - {name: mine, ranks: {math: 16, news: drop}, active: 4}
       - winner.yaml                        # a mixture file of the same source
+      - curve: weighted, optimal           # a method of choosing ranks: its name in the report
+        allocation: optimal                # or uniform; see `allocate_optimal`, `allocate_uniform`
+        granularity: matrix                # optional, of optimal: expert, projection, layer or matrix share one rank
+        budgets: [0.25x, 0.33x, 0.5x, 1x]  # total parameters, as counts or ratios; 1x is the full mixture
+        active: 4                          # optional
+
+A curve has one mixture for each budget, called "CURVE BUDGET". `optimal` goes by the spectra of the plan's store; where
+there is none yet, planning decomposes the experts into it. To compare stores, run a plan for each into one results
+folder: the report puts their curves side by side. So it does with plans of other router rows.
 
 `best` and `best2` are decided by the plan's own pairs: `best` gives each expert the rank with the highest
 average over all groups among its two-expert mixtures, `best2` the highest on the groups of its own domain (an
 expert without such groups takes the rank of `best`); of equal scores the lower rank wins. The publication of
 the grid (arXiv 2602.08818) names these mixtures without their rule, so the rule is ours.
 
-Nothing here runs a model: planning reads weights only to hash them, and results only to count them.
+Nothing here runs a model: planning reads weights only to hash them or for spectra, and results only to count them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from flexmore_ray.budget import OptimalRanks, allocate_uniform, parse_budget
 from flexmore_ray.errors import UsageError
 from flexmore_ray.evaluate import cell_key
-from flexmore_ray.mixture import Parts
+from flexmore_ray.mixture import Parts, check_same_factors
 from flexmore_ray.results import CellKey
+from flexmore_ray.router import RouterRows
 from flexmore_ray.scores import Split, TaskSet
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import DROP, FULL, ExpertRank, MixtureSpec, check_matrix_rank, read_yaml, suggest
 from flexmore_ray.storage import AnyPath, open_path
-from flexmore_ray.store import open_store
+from flexmore_ray.store import joint_recipe, open_store
 from flexmore_ray.suites import Group
 
 RULES = ("best", "best2")
@@ -51,8 +64,14 @@ PRESETS: dict[str, tuple[Mapping[str, Any], ...]] = {
     "paper": ({"pairs": [*PAPER_RANKS]}, {"uniform": [*PAPER_RANKS, *RULES], "active": [2, 4, "all"]}),
 }
 """Grids by name; `paper` is that of arXiv 2602.08818: 96 two-expert mixtures and 54 of all seven experts."""
-_PLAN_KEYS = ("name", "source", "store", "experts", "tasks", "split", "limit", "seed", "mixtures")
-_ENTRY_KEYS = {"pairs": ("pairs", "of"), "uniform": ("uniform", "active"), "ranks": ("name", "ranks", "active")}
+_PLAN_KEYS = ("name", "source", "store", "router", "experts", "tasks", "split", "limit", "seed", "mixtures")
+_ENTRY_KEYS = {
+    "pairs": ("pairs", "of"),
+    "uniform": ("uniform", "active"),
+    "ranks": ("name", "ranks", "active"),
+    "curve": ("curve", "allocation", "granularity", "budgets", "active"),
+}
+_ALLOCATIONS = ("uniform", "optimal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +82,8 @@ class Plan:
     source: tuple[str, ...] = ()
     """SOURCE strings; empty where the store says what it was made from."""
     store: str | None = None
+    router: str | None = None
+    """File of router rows for all mixtures; None: the experts' own."""
     experts: tuple[str, ...] | None = None
     tasks: tuple[str, ...]
     split: Split = "validation"
@@ -93,7 +114,8 @@ class Plan:
     def spec(self) -> MixtureSpec:
         """The source with every expert full, which all mixtures of the plan are variants of."""
         data = {"source": list(self.source), "store": self.store, "experts": self.experts and list(self.experts)}
-        return MixtureSpec.from_dict({k: v for k, v in data.items() if v}, where=f"plan {self.name}")
+        known = {k: v for k, v in data.items() if v} | ({} if self.router is None else {"router": self.router})
+        return MixtureSpec.from_dict(known, where=f"plan {self.name}")
 
 
 def read_plan(path: str | AnyPath | None = None, preset: str | None = None, **given: Any) -> Plan:
@@ -164,6 +186,10 @@ class Wanted:
     """The domain expert of a two-expert mixture of `pairs`; None for any other."""
     rule: str | None = None
     """One of `RULES` where results decide the ranks; None where the plan does."""
+    curve: str | None = None
+    """The curve that it is a point of; None for any other."""
+    budget: str | None = None
+    """Its budget on the curve, as the plan says it."""
 
 
 def expand(plan: Plan, parts: Parts) -> list[Wanted]:
@@ -171,6 +197,7 @@ def expand(plan: Plan, parts: Parts) -> list[Wanted]:
 
     Raises:
         UsageError: an entry with unknown keys or values, a rule without pairs, or one name for two mixtures.
+        StoreError: a curve needs spectra that the store does not hold.
     """
     domains = parts.source.experts[1:]
     wanted = [item for index, entry in enumerate(plan.mixtures) for item in _expand(plan, index, entry, parts)]
@@ -194,7 +221,7 @@ def _expand(plan: Plan, index: int, entry: Any, parts: Parts) -> Iterator[Wanted
         return
     kind = next((kind for kind in _ENTRY_KEYS if isinstance(entry, Mapping) and kind in entry), None)
     if kind is None:
-        raise UsageError(f"{where}: an entry is a mixture file or has one of pairs, uniform, ranks; got {entry!r}")
+        raise UsageError(f"{where}: an entry is a mixture file or has one of {', '.join(_ENTRY_KEYS)}; got {entry!r}")
     for key in entry:
         if key not in _ENTRY_KEYS[kind]:
             raise UsageError(f"{where}: unknown key {key!r} beside {kind}; {suggest(str(key), _ENTRY_KEYS[kind])}")
@@ -214,6 +241,8 @@ def _expand(plan: Plan, index: int, entry: Any, parts: Parts) -> Iterator[Wanted
             for rank in _ranks(entry["pairs"], f"{where}.pairs"):
                 ranks = dict.fromkeys(domains, DROP) | {expert: rank}
                 yield Wanted(name=f"pair-{expert}-{_word(rank)}", ranks=ranks, active=2, pair=expert)
+    elif kind == "curve":
+        yield from _curve(plan, entry, where, parts)
     else:
         yield from _uniform(plan, entry, where, parts)
 
@@ -229,8 +258,49 @@ def _uniform(plan: Plan, entry: Mapping[str, Any], where: str, parts: Parts) -> 
                 yield Wanted(name=f"uniform-{_word(rank)}-a{active}", ranks=ranks, active=active)
 
 
+def _curve(plan: Plan, entry: Mapping[str, Any], where: str, parts: Parts) -> Iterator[Wanted]:
+    """The mixtures of a curve, smallest budget first."""
+    name, allocation, budgets = entry["curve"], entry.get("allocation"), entry.get("budgets")
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(f"{where}.curve: its name is a word or several, got {name!r}")
+    if allocation not in _ALLOCATIONS:
+        raise UsageError(f"{where}.allocation: one of {', '.join(_ALLOCATIONS)} is needed, got {allocation!r}")
+    if allocation == "uniform" and "granularity" in entry:
+        raise UsageError(f"{where}.granularity: it is of optimal, uniform has one rank for all; leave it out")
+    if not isinstance(budgets, list) or not budgets:
+        raise UsageError(f"{where}.budgets: a list of counts or ratios such as 0.33x is needed, got {budgets!r}")
+    if born := [key.expert for key in parts.source.born_ranks]:
+        raise UsageError(
+            f"{where}: expert {born[0]} was low-rank from the start, and a curve chooses ranks for full-size experts "
+            "only; name its mixtures by ranks"
+        )
+    actives = _actives(entry.get("active"), plan, where, parts)
+    if len(actives) > 1:
+        raise UsageError(f"{where}.active: a curve has one number of active experts, got {entry['active']!r}")
+    full = parts.count().full_total
+    try:
+        counts = {str(budget): parse_budget(budget, full) for budget in budgets}
+        allocate = _allocation(entry, parts)
+        for budget in sorted(counts, key=lambda text: counts[text]):
+            dense = counts[budget] >= full
+            ranks = dict.fromkeys(parts.source.experts[1:], FULL) if dense else allocate(counts[budget])
+            yield Wanted(name=f"{name} {budget}", ranks=ranks, active=actives[0], curve=name, budget=budget)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _allocation(entry: Mapping[str, Any], parts: Parts) -> Callable[[int], dict[str, ExpertRank]]:
+    """From a budget in total parameters to ranks."""
+    shape, experts = parts.source.shape, parts.source.experts
+    if entry["allocation"] == "uniform":
+        return functools.partial(allocate_uniform, shape, experts)
+    keys = [key for name in experts[1:] for key in shape.keys(name)]
+    spectra = {key: parts.factors.spectrum(key).numpy() for key in keys}
+    return OptimalRanks(shape, experts, spectra, entry.get("granularity", "matrix")).allocate
+
+
 def _actives(value: Any, plan: Plan, where: str, parts: Parts) -> list[int]:
-    """Numbers of active experts of an entry `uniform`, each once."""
+    """Numbers of active experts of an entry `uniform` or `curve`, each once."""
     experts = len(parts.source.experts)
     items = value if isinstance(value, list) else [parts.assignment.active if value is None else value]
     numbers = [experts if item == "all" else item for item in items]
@@ -265,8 +335,13 @@ def _from_file(plan: Plan, file: str, parts: Parts) -> Wanted:
     ours, theirs = parts.source.describe(), open_source(source, spec.experts).describe()
     if theirs != ours:
         raise UsageError(f"plan {plan.name}: {path} is of {', '.join(theirs)}, the plan of {', '.join(ours)}")
-    if store:
-        store.check_source(parts.source)
+    check_same_factors(spec, parts, f"plan {plan.name}: {path}")
+    theirs_rows = RouterRows.load(spec.router).digest if spec.router else ""
+    if theirs_rows != parts.source.rows_digest:
+        own = "those that its experts came with"
+        raise UsageError(
+            f"plan {plan.name}: {path} has the router rows {spec.router or own}, the plan {parts.spec.router or own}"
+        )
     ranks = dict.fromkeys(parts.source.experts[1:], FULL) | dict(spec.ranks)
     return Wanted(name=path.stem, ranks=ranks, active=spec.active)
 
@@ -293,6 +368,9 @@ class PlannedMixture:
     pair: str | None
     rank: Any
     """Canonical rank of the expert of a pair, as a mixture file says it; None for any other mixture."""
+    curve: str | None = None
+    budget: str | None = None
+    """The curve that it is a point of, and its budget there; None for any other mixture."""
 
     @property
     def mixture_id(self) -> str:
@@ -338,6 +416,8 @@ def identify(wanted: Sequence[Wanted], parts: Parts) -> list[PlannedMixture]:
                 uses_factors=variant.uses_factors,
                 pair=item.pair,
                 rank=ranks[item.pair] if item.pair else None,
+                curve=item.curve,
+                budget=item.budget,
             )
         )
     return planned
@@ -426,7 +506,8 @@ def plan_record(
 ) -> dict[str, Any]:
     """What `results/plans/` keeps of a plan: the names of its mixtures, its groups, and what it was made from."""
     full = {name: parts.assignment.summary(name) for name in parts.source.experts[1:]}
-    digests = {name: parts.source.expert_digest(name)[:16] for name in parts.source.experts}
+    own = parts.source.with_own_rows  # plans of the same weights share a folder, whatever their router rows
+    digests = {name: own.expert_digest(name)[:16] for name in own.experts}
     return {
         "format": "flexmore-plan-1",
         "name": plan.name,
@@ -436,6 +517,7 @@ def plan_record(
         "full_ranks": {name: rank for name, rank in full.items() if isinstance(rank, int)},
         "weights": parts.weights,
         "digests": digests,
+        "factors": describe_factors(parts),
         "dtype": dtype,
         "split": plan.split,
         "limit": plan.limit,
@@ -454,6 +536,7 @@ def plan_record(
                 "active": mixture.active,
                 "parameters": mixture.parameters,
                 "full_parameters": mixture.full_parameters,
+                **({"curve": mixture.curve, "budget": mixture.budget} if mixture.curve else {}),
             }
             for mixture in mixtures
         ]
@@ -461,7 +544,18 @@ def plan_record(
     }
 
 
+def describe_factors(parts: Parts) -> str:
+    """What decides mixtures of some parts besides weights and ranks; empty for plain factors and the experts' own rows.
+
+    It is "WEIGHTING:HASH" of the factors, "router:HASH" of router rows from a file, or both with a "+" between them.
+    """
+    recipe = joint_recipe(map(parts.factors.recipe, parts.source.experts[1:]))
+    hashes = {parts.factors.weighting: recipe, "router": parts.source.rows_digest}
+    return "+".join(f"{what}:{hash_[:8]}" for what, hash_ in hashes.items() if hash_)
+
+
 def record_name(record: Mapping[str, Any]) -> str:
-    """File name of a record: the same for a plan before and after its second stage."""
-    content = {key: value for key, value in record.items() if key not in ("mixtures", "store")}
+    """File name of a record: the same for a plan before and after its second stage, another for other factors."""
+    left_out = ("mixtures", "store", *(() if record["factors"] else ("factors",)))
+    content = {key: value for key, value in record.items() if key not in left_out}
     return f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]}.json"

@@ -288,8 +288,12 @@ def _read(paths: Sequence[AnyPath], schema: pa.Schema) -> pa.Table:
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
-def _bounded(file: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
+def read_bounded(file: pq.ParquetFile, schema: pa.Schema | None = None) -> pa.Table:
     """A table read in pieces: a file of some bytes can say the same long text a billion times.
+
+    Args:
+        file: the table.
+        schema: columns to read, and their types; None reads all as they are.
 
     Raises:
         ValueError: it is larger than any results are.
@@ -297,6 +301,7 @@ def _bounded(file: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
     size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
     if size > _TABLE_BYTES:
         _too_large()
+    schema = schema or file.schema_arrow
     if not file.metadata.num_rows:
         return file.read(schema.names).select(schema.names).cast(schema)
     pieces, held = [], 0
@@ -315,7 +320,7 @@ def _too_large() -> NoReturn:
 def _read_file(path: AnyPath, schema: pa.Schema) -> pa.Table:
     try:
         file = pa.BufferReader(path.read_bytes()) if isinstance(path, RemotePath) else path
-        return _bounded(pq.ParquetFile(file), schema)
+        return read_bounded(pq.ParquetFile(file), schema)
     except StorageError:
         raise
     except (OSError, KeyError, ValueError) as error:

@@ -25,25 +25,30 @@ their length here, because it says how well a domain can be told apart.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
-from flexmore_ray.errors import UsageError
+from flexmore_ray.atomic import write_file
+from flexmore_ray.checkpoint import DTYPES, digest, open_safetensors
+from flexmore_ray.errors import CheckpointError, UsageError
+from flexmore_ray.spec import check_names
 from flexmore_ray.storage import AnyPath, open_path
 
 RIDGE, TEMPERATURE = 1e-5, 0.15
 """Defaults, measured on the nano mixture: a ridge of 1e-2 costs the recall tasks much, a temperature under 0.1 or
 over 0.2 costs the reasoning or the recall tasks some."""
+FORMAT = "flexmore-router-1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +155,16 @@ def gather_moments(model: nn.Module, token_batches: Iterable[Any]) -> RouterMome
     return RouterMoments(torch.stack(grams).cpu(), torch.stack(totals).cpu(), count)  # type: ignore[arg-type]
 
 
+def check_settings(ridge: float, temperature: float) -> None:
+    """Check what a fit is told.
+
+    Raises:
+        UsageError: one is not above 0 and finite.
+    """
+    if not (0 < ridge < float("inf") and 0 < temperature < float("inf")):
+        raise UsageError(f"--ridge and --temperature: above 0 and finite are needed, got {ridge} and {temperature}")
+
+
 def fit_rows(moments: Mapping[str, RouterMoments], *, ridge: float = RIDGE, temperature: float = TEMPERATURE) -> Tensor:
     """Router rows of the merged mixture, ``(L, E, H)`` float64, experts in the order of ``moments``.
 
@@ -161,13 +176,11 @@ def fit_rows(moments: Mapping[str, RouterMoments], *, ridge: float = RIDGE, temp
 
     Raises:
         UsageError: fewer than two experts, empty or non-finite moments, different shapes, or a ridge or
-            temperature that is not above 0.
+            temperature that is not above 0 and finite.
     """
     if len(moments) < 2:
         raise UsageError(f"fitting router rows needs the moments of at least 2 experts; got {len(moments)}")
-    for label, value in (("ridge", ridge), ("temperature", temperature)):
-        if not value > 0:
-            raise UsageError(f"{label} must be above 0; got {value}")
+    check_settings(ridge, temperature)
     first = next(iter(moments.values()))
     for name, owner in moments.items():
         if owner.count <= 0:
@@ -187,48 +200,72 @@ def fit_rows(moments: Mapping[str, RouterMoments], *, ridge: float = RIDGE, temp
     return torch.linalg.solve(gram + penalty, means).transpose(-2, -1) / temperature
 
 
-def read_texts(path: str | AnyPath) -> list[str]:
-    r"""Documents of a ``--data`` file, empty ones left out.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RouterRows:
+    """Router rows in a file of their own, which a mixture file names as ``router``.
 
-    A ``.jsonl`` file holds one object with the key ``text`` a line; any other file is UTF-8 text with one document a
-    line, in which ``\n`` stands for a line break and ``\\`` for a backslash.
+    The file is safetensors: one tensor ``rows``, and format, experts (a JSON list) and base as its metadata.
+
+    Attributes:
+        rows: ``(L, E, H)``, of a dtype that checkpoints have.
+        experts: their names, in the order of the rows.
+        base: `Source.base_digest` of the model that they were fitted for.
+        where: the file, for errors.
 
     Raises:
-        UsageError: the file cannot be read, a line is no such object, or no document is in it.
+        CheckpointError: names, shape and values are not those of router rows.
     """
-    path = open_path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the documents in {path}: {error}") from error
-    lines = [line.rstrip("\r") for line in lines]
-    if path.suffix == ".jsonl":
-        texts = [_jsonl_text(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        texts = [_unescape(line) for line in lines]
-    texts = [text for text in texts if text]
-    if not texts:
-        raise UsageError(f"{path} holds no document; one a line is needed")
-    return texts
 
+    rows: Tensor
+    experts: tuple[str, ...]
+    base: str
+    where: str
 
-def _jsonl_text(path: AnyPath, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UsageError(f'{path} line {number} is no JSON object with a "text": {line[:60]!r}') from error
-    if not isinstance(text, str):
-        raise UsageError(f'{path} line {number}: "text" must be a string, got {type(text).__name__}')
-    return text
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "experts", check_names(self.experts, where="experts"))
+        except UsageError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
+        if self.rows.dim() != 3 or self.rows.shape[1] != len(self.experts) or self.rows.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{self.where}: rows has shape (layers, experts, hidden), dtype {' or '.join(DTYPES)}, and "
+                f"{len(self.experts)} experts are named, got {tuple(self.rows.shape)} of {self.rows.dtype}"
+            )
+        if not self.rows.isfinite().all():
+            raise CheckpointError(f"{self.where}: the router rows hold NaN or infinity; fit them again")
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of names and rows."""
+        return hashlib.sha256(json.dumps([self.experts, digest([self.rows])]).encode()).hexdigest()
 
-def _unescape(line: str) -> str:
-    return "\\".join(part.replace("\\n", "\n") for part in line.split("\\\\"))
+    def row(self, expert: str, layer: int) -> Tensor:
+        """Row (hidden,) of one expert in one layer."""
+        return self.rows[layer, self.experts.index(expert)]
 
+    def save(self, path: AnyPath) -> None:
+        """Write the file whole."""
+        about = {"format": FORMAT, "experts": json.dumps(self.experts), "base": self.base}
+        content = save({"rows": self.rows.contiguous()}, about)
+        write_file(path, lambda file: file.write(content))
 
-def batch_texts(tokenizer: Any, texts: Sequence[str], *, batch_size: int = 64, max_tokens: int = 512) -> Iterable[Any]:
-    """Batches for `gather_moments`: ``texts`` in order of length, cut at ``max_tokens``, padded, with their masks."""
-    ordered = sorted(texts, key=len)
-    for start in range(0, len(ordered), batch_size):
-        part = list(ordered[start : start + batch_size])
-        yield tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=max_tokens)
+    @classmethod
+    def load(cls, path: str | AnyPath) -> RouterRows:
+        """Read a file of router rows.
+
+        Raises:
+            CheckpointError: it is missing, damaged or something else.
+        """
+        path = open_path(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file of router rows; flexmore refit writes one")
+        with open_safetensors(path) as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT or "rows" not in set(file.keys()):
+                raise CheckpointError(f"{path}: no file of router rows (format {FORMAT}); flexmore refit writes one")
+            rows = file.get_tensor("rows")
+        try:
+            experts = json.loads(about.get("experts", ""))
+        except (ValueError, RecursionError):
+            experts = None
+        return cls(rows=rows, experts=experts, base=about.get("base", ""), where=str(path))

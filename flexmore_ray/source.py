@@ -28,6 +28,7 @@ from flexmore_ray.checkpoint import (
     shared_tensors,
 )
 from flexmore_ray.errors import CheckpointError, UsageError
+from flexmore_ray.router import RouterRows
 from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape, check_names
 from flexmore_ray.spectra import Factors, decompose_factors
 from flexmore_ray.storage import AnyPath, open_path
@@ -184,6 +185,16 @@ class Source:
             self._digests[key] = digest(tensors)
         return self._digests[key]
 
+    @property
+    def with_own_rows(self) -> Source:
+        """The same experts with the router rows that they came with; itself but for `with_rows`."""
+        return self
+
+    @property
+    def rows_digest(self) -> str:
+        """SHA-256 of the router rows that `with_rows` has put in place of the experts' own; empty where none were."""
+        return ""
+
     @functools.cached_property
     def shared_digest(self) -> str:
         """SHA-256 of all shared tensors."""
@@ -260,7 +271,78 @@ class _EqualRows(Source):
 
 def with_missing_rows(source: Source) -> Source:
     """The same experts; one that came without a router row weighs as much as the public expert."""
-    return _EqualRows(source.trunk, source._slots, source.describe())
+    equal = _EqualRows(source.trunk, source._slots, source.describe())
+    equal._digests = source._digests
+    return equal
+
+
+class _GivenRows(Source):
+    """A source whose router rows come from a file; all else is that of the source with its experts' own rows."""
+
+    def __init__(self, own: Source, router: RouterRows) -> None:
+        super().__init__(own.trunk, own._slots, own.describe())
+        self._own, self._router = own, router
+        self._digests = own._digests
+
+    @functools.cached_property
+    def widest_dtype(self) -> torch.dtype:
+        return torch.promote_types(super().widest_dtype, self._router.rows.dtype)
+
+    @property
+    def with_own_rows(self) -> Source:
+        return self._own
+
+    @property
+    def rows_digest(self) -> str:
+        return self._router.digest
+
+    def router_row(self, expert: str, layer: int) -> Tensor:
+        if expert not in self._router.experts:
+            raise CheckpointError(
+                f"{self._router.where}: no router row of expert {expert}, only of {', '.join(self._router.experts)}; "
+                "drop it, or fit rows of a mixture that keeps it with flexmore refit"
+            )
+        return self._router.row(expert, layer)
+
+    def has_router_row(self, expert: str) -> bool:
+        return expert in self._router.experts
+
+    @property
+    def base_digest(self) -> str:
+        return self._own.base_digest
+
+    def expert_digest(self, name: str) -> str:
+        row = digest(self.router_row(name, layer) for layer in range(self.shape.num_layers))
+        return hashlib.sha256(f"{self._own.expert_digest(name)}{row}".encode()).hexdigest()
+
+    def without(self, names: Collection[str]) -> Source:
+        return with_rows(self._own.without(names), self._router, verify=False)
+
+
+def with_rows(source: Source, router: RouterRows, *, verify: bool = True) -> Source:
+    """The same experts with router rows of a file in place of their own.
+
+    Args:
+        source: the experts.
+        router: the rows; of experts that the source has not they are left aside.
+        verify: whether to check, by hashing what all experts share, that the rows were fitted for these.
+
+    Raises:
+        CheckpointError: the rows are of another shape, or of experts of another public model.
+    """
+    own, shape = with_missing_rows(source.with_own_rows), source.shape
+    layers, _, hidden = router.rows.shape
+    if (layers, hidden) != (shape.num_layers, shape.hidden_size):
+        raise CheckpointError(
+            f"{router.where}: router rows of {layers} layers of width {hidden}, but {source.trunk.folder} has "
+            f"{shape.num_layers} of width {shape.hidden_size}; fit rows for it with flexmore refit"
+        )
+    if verify and router.base != own.base_digest:
+        raise CheckpointError(
+            f"{router.where}: router rows for experts of another public model than {source.trunk.folder}; shared "
+            "tensors and public expert must be the same bit for bit; fit rows for it with flexmore refit"
+        )
+    return _GivenRows(own, router)
 
 
 def open_source(

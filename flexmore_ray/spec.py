@@ -37,7 +37,7 @@ MatrixRank = int | Literal["full"]
 ExpertRank = int | str | Mapping[str, Any]
 """What a mixture file may say of one expert: see `check_rank`."""
 
-_MIXTURE_KEYS = ("source", "store", "experts", "ranks", "active")
+_MIXTURE_KEYS = ("source", "store", "router", "experts", "ranks", "active")
 _ENTRY_KEYS = ("rank", "placement", "nodes")
 YAML_BYTES = 2**18
 """A mixture, plan or suite file is never larger."""
@@ -192,6 +192,8 @@ class MixtureSpec:
     """SOURCE strings of the experts; empty where the mixture is described without weights."""
     store: str | None = None
     """Folder of a store to take factors from; None means the store of the source in the cache."""
+    router: str | None = None
+    """File of router rows that take the place of the experts' own (`flexmore refit`); None keeps their own."""
     experts: tuple[str, ...] | None = None
     """Names for an N-expert checkpoint, the public expert first; None means the checkpoint's own."""
     ranks: Mapping[str, ExpertRank] = dataclasses.field(default_factory=dict)
@@ -210,6 +212,8 @@ class MixtureSpec:
             raise UsageError(f"active: the number of experts per token is an integer >= 1, got {active!r}")
         if self.store is not None and not isinstance(self.store, str):
             raise UsageError(f"store: the folder of a store is a string, got {self.store!r}")
+        if self.router is not None and (not isinstance(self.router, str) or not self.router):
+            raise UsageError(f"router: the name of a file of router rows is needed, got {self.router!r}")
         if not isinstance(self.ranks, Mapping):
             raise UsageError(f"ranks: a mapping from expert to rank is needed, got {self.ranks!r}")
         if self.experts is not None:
@@ -274,6 +278,8 @@ class MixtureSpec:
             out["store"] = self.store
         if self.source:
             out["source"] = self.source[0] if len(self.source) == 1 else list(self.source)
+        if self.router is not None:
+            out["router"] = self.router
         if self.experts is not None:
             out["experts"] = list(self.experts)
         out["ranks"] = {name: dict(r) if isinstance(r, Mapping) else r for name, r in self.ranks.items()}
@@ -310,6 +316,7 @@ class MixtureSpec:
             return cls(
                 source=tuple(source),
                 store=data.get("store"),
+                router=data.get("router"),
                 experts=data.get("experts"),
                 ranks=ranks,
                 active=data.get("active"),
@@ -320,7 +327,7 @@ class MixtureSpec:
 
     @classmethod
     def load(cls, path: str | AnyPath) -> MixtureSpec:
-        """Read a mixture file; relative folders in it are relative to the file.
+        """Read a mixture file; relative paths in it are relative to the file.
 
         Raises:
             UsageError: the file is missing, is not YAML, or breaks a rule.
@@ -328,8 +335,8 @@ class MixtureSpec:
         path = open_path(path)
         spec = cls.from_dict(read_yaml(path, "mixture file"), where=str(path))
         source = tuple(_relative_to(item, path.parent) for item in spec.source)
-        store = None if spec.store is None else _relative_to(spec.store, path.parent)
-        return dataclasses.replace(spec, source=source, store=store)
+        store, router = (item and _relative_to(item, path.parent) for item in (spec.store, spec.router))
+        return dataclasses.replace(spec, source=source, store=store, router=router)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -424,7 +431,7 @@ def _canonical(rank: MatrixRank, shape: ModelShape, born: int | None) -> MatrixR
 
 
 def _relative_to(item: str, folder: AnyPath) -> str:
-    """A folder of a mixture file as an absolute path, read relative to the file if it exists there."""
+    """A place that a mixture file names as an absolute path, read relative to the file if it exists there."""
     name, equals, path = item.rpartition("=")
     if "://" in path or (isinstance(folder, RemotePath) and path.startswith(("/", "~"))):
         return item

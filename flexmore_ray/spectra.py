@@ -107,7 +107,7 @@ class Factors:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The product B A, (out, in), multiplied in float32 and returned in `dtype`."""
-        with _full_precision():
+        with full_precision():
             return (self.bt.float().T @ self.a.float()).to(dtype)
 
 
@@ -210,7 +210,7 @@ def decompose(delta: Tensor, max_rank: int | None = None, method: str = "auto", 
         return _zero(delta, rank)
     wide = delta.shape[0] <= delta.shape[1]
     scale = _scale(peak)
-    with _full_precision(), torch.no_grad():
+    with full_precision(), torch.no_grad():
         x = (delta if wide else delta.T).float()
         if scale != 1:
             x = x * scale
@@ -241,7 +241,7 @@ def decompose_factors(a: Tensor, bt: Tensor) -> Decomposition:
     u, s, vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
     root = s.sqrt()
     out_t, in_t = (q_out @ (u * root)).T.contiguous(), root[:, None] * (vh @ q_in.T)
-    factors = _fix_signs(Factors(in_t.float(), out_t.float()))
+    factors = fix_signs(Factors(in_t.float(), out_t.float()))
     return Decomposition(
         factors=factors,
         singular_values=s,
@@ -330,10 +330,10 @@ def _finish(basis: _Basis, rank: int, wide: bool, scale: float) -> tuple[Factors
     unit = torch.where(basis.s[:rank] > 0, root / basis.s[:rank], 0.0).float()[:, None]
     right = basis.w.mul_(unit) if len(basis.w) == rank else basis.w[:rank] * unit
     factors = Factors(right.contiguous(), left) if wide else Factors(left, right.contiguous())
-    return _fix_signs(factors), basis.s / scale
+    return fix_signs(factors), basis.s / scale
 
 
-def _fix_signs(factors: Factors) -> Factors:
+def fix_signs(factors: Factors) -> Factors:
     """Make the largest entry of every column of B positive, in place."""
     for rows, partner in zip(factors.bt.split(_BLOCK), factors.a.split(_BLOCK), strict=True):
         largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
@@ -623,7 +623,7 @@ def _normal(generator: torch.Generator, *size: int, dtype: torch.dtype = torch.f
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Float32 products in float32, whatever reduced precision the process allows elsewhere."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -29,22 +29,30 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexmore_ray.cache import local_file
 from flexmore_ray.errors import StoreError, UsageError
+from flexmore_ray.results import read_bounded
 from flexmore_ray.spec import MatrixKey, ModelShape
 from flexmore_ray.spectra import Factors
 from flexmore_ray.storage import AnyPath, StorageError, open_path
+from flexmore_ray.storage.cache import local_file
 
 ALGORITHM_VERSION = 2
 """Raised whenever `spectra` comes to give other factors for the same weights."""
 FORMAT = "flexmore-store-1"
+_TAGS = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MANIFEST = "manifest.json"
@@ -74,6 +82,10 @@ class FactorSource(Protocol):
         """Dtype of the factors."""
         ...
 
+    def recipe(self, expert: str) -> str:
+        """What decided an expert's factors besides its weights; empty where nothing did."""
+        ...
+
 
 class WeightSource(Protocol):
     """What the store needs of a source of experts: a part of `checkpoint.Source`."""
@@ -95,6 +107,19 @@ class WeightSource(Protocol):
 
     def describe(self) -> list[str]:
         """The SOURCE strings that open it again."""
+        ...
+
+
+class Recipe(Protocol):
+    """What decides factors besides the weights: the metric of a decomposition, say."""
+
+    @property
+    def weighting(self) -> str:
+        """One word for all of a store; "none" for the plain decomposition."""
+        ...
+
+    def recipe(self, key: MatrixKey) -> str:
+        """What decides the factors of one matrix; empty where nothing does."""
         ...
 
 
@@ -121,6 +146,8 @@ class Entry:
     """Verified bound on squared error over least squared error, before rounding to the stored dtype."""
     residual_energy: float
     """Squared Frobenius norm of what the stored singular values leave out."""
+    recipe: str = ""
+    """What decided the factors besides the weights: `moments.files.Metric.recipe`; empty in the plain metric."""
 
     @property
     def key(self) -> MatrixKey:
@@ -163,6 +190,15 @@ class FactorStore:
     def dtype(self) -> torch.dtype:
         """Dtype of the factors."""
         return STORE_DTYPES[self.manifest["dtype"]]
+
+    @property
+    def weighting(self) -> str:
+        """The sides of the metric in which deltas were decomposed; "none" in the plain one."""
+        return str(self.manifest.get("weighting", "none"))
+
+    def recipe(self, expert: str) -> str:
+        """What decided an expert's factors besides its weights; empty in the plain metric."""
+        return joint_recipe([entry.recipe for entry in self._entries.values() if entry.expert == expert])
 
     def keys(self) -> list[MatrixKey]:
         """All matrices held."""
@@ -244,13 +280,22 @@ class FactorStore:
         _check_size(path, about["size"])
         if file_sha256(path) != about["sha256"]:
             raise StoreError(f"{path}: damaged, its SHA-256 is not the manifest's; {_REDO}")
-        rows = pq.read_table(local_file(path)).to_pylist()
+        try:
+            rows = read_bounded(pq.ParquetFile(local_file(path))).to_pylist()
+        except ValueError as error:
+            raise StoreError(f"{path}: damaged ({one_line(error)}); {_REDO}") from None
         return {
             MatrixKey(row["expert"], row["layer"], row["projection"]): torch.tensor(
                 row["singular_values"], dtype=torch.float64
             )
             for row in rows
         }
+
+
+def joint_recipe(recipes: Iterable[str]) -> str:
+    """One recipe for several matrices; empty where each is."""
+    some = [recipe for recipe in recipes if recipe]
+    return hashlib.sha256(" ".join(some).encode()).hexdigest()[:24] if some else ""
 
 
 _REDO = "delete it and run flexmore decompose again"
@@ -421,6 +466,24 @@ def row_checksums(a: Tensor, bt: Tensor) -> Tensor:
 def tensor_bytes(tensor: Tensor) -> Any:
     """A tensor's memory as a numpy array of bytes, without a copy."""
     return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the safetensors format straight from the tensors' memory, in their order.
+
+    The library's own writer copies all tensors first, which would double the memory needed.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TAGS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    file.write(len(head).to_bytes(8, "little") + head)
+    for tensor in tensors.values():
+        file.write(memoryview(tensor_bytes(tensor)).cast("B"))
 
 
 def file_sha256(path: AnyPath) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 OBJECTIVES = ("score", "front")
 MEASURES = ("parameters", "active", "bytes")
-GRANULARITIES = ("expert", "projection", "layer")
+GRANULARITIES = ("expert", "projection", "layer", "matrix")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -107,10 +107,11 @@ def summary(result: dict[str, Any]) -> str:
     rows = [["mixture", "cost", "validation", "test", "95 % interval", "winner minus it"]]
     for entry in result["entries"]:
         test, difference = entry["test"], entry.get("difference")
-        name = f"{entry['name']}{' (winner)' if entry['name'] == result['winner'] else ''}"
+        marks = {"winner": entry["name"] == result["winner"], "warm start": entry.get("warm")}
+        said = ", ".join(mark for mark, holds in (marks | {"over budget": not entry["fits"]}).items() if holds)
         rows.append(
             [
-                f"{name}{'' if entry['fits'] else ' (over budget)'}",
+                f"{entry['name']} ({said})" if said else entry["name"],
                 format_count(entry["cost"]),
                 f"{100 * entry['validation']:.1f}",
                 f"{100 * test['value']:.1f}",

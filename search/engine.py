@@ -410,9 +410,37 @@ def run_jobs(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        with _noting_interrupts(asker):
+            tuner.fit()
     if asker.failure is not None:
         raise asker.failure
+
+
+@contextlib.contextmanager
+def _noting_interrupts(asker: Asker) -> Iterator[None]:
+    """End the search after an interrupt that came within a callback of Ray's, where its exception is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: object) -> None:
+        asker.failure = KeyboardInterrupt()
+        raise asker.failure
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remove_abandoned() -> None:
+    """Remove what killed searches of this machine left; what is another user's stays."""
+    for folder in Path(tempfile.gettempdir()).glob("flexmore-tune-*-*"):
+        pid = folder.name.split("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -421,7 +449,8 @@ def _tune_folder() -> Iterator[Path]:
     before = {name: os.environ.get(name) for name in _SETTINGS}
     handler = signal.getsignal(signal.SIGTERM)
     os.environ |= _SETTINGS
-    folder = Path(tempfile.mkdtemp(prefix="flexmore-tune-"))
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=f"flexmore-tune-{os.getpid()}-"))
     try:
         yield folder
     finally:

@@ -52,6 +52,7 @@ TRIAL_SCHEMA = pa.schema(
         ("active", pa.int64()),
         ("ranks", pa.string()),  # JSON, as in a mixture file
         ("point", pa.string()),  # JSON, what the sampler chose; null for most baselines
+        ("warm", pa.string()),  # of a warm start, the baseline that it is nearest to; else null
         ("mixture_id", pa.string()),
         ("groups", pa.string()),  # JSON, score by group at the last rung
         ("seconds", pa.float64()),
@@ -81,6 +82,8 @@ class Entry:
     """Whether it is within the budget."""
     point: Point | None = None
     """What the sampler chose; None for an assignment that is not in the space."""
+    warm: str | None = None
+    """Of a trial that is a warm start, the baseline whose nearest point it is; None for all others."""
     state: State = "running"
     rungs: list[float] = dataclasses.field(default_factory=list)
     """Score on all documents up to each rung that was reached."""

@@ -24,6 +24,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from flexmore_ray.errors import FlexmoreError, UsageError
+from flexmore_ray.results import read_bounded
 from flexmore_ray.spec import DROP, FULL
 from flexmore_ray.storage import AnyPath, StorageError
 from search.ledger import TRIAL_SCHEMA, Entry, read_json
@@ -143,9 +144,8 @@ def _read_object(path: AnyPath, keys: Iterable[str]) -> dict[str, Any]:
 
 def _read_entries(path: AnyPath) -> tuple[Entry, ...]:
     try:
-        return tuple(
-            _entry(row) for row in pyarrow.parquet.read_table(pyarrow.BufferReader(path.read_bytes())).to_pylist()
-        )
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(path.read_bytes()))
+        return tuple(_entry(row) for row in read_bounded(file).to_pylist())
     except StorageError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
@@ -155,7 +155,7 @@ def _read_entries(path: AnyPath) -> tuple[Entry, ...]:
 
 def _entry(row: Mapping[str, Any]) -> Entry:
     """An entry from a row of `TRIAL_SCHEMA`."""
-    fields = {name: row[name] for name in TRIAL_SCHEMA.names if name != "score"}
+    fields = {name: row[name] for name in TRIAL_SCHEMA.names if name != "score" and name in row}
     fields |= {name: json.loads(row[name]) for name in ("ranks", "point", "groups") if row[name]}
     return Entry(**fields)
 

@@ -8,23 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from flexmore_ray.budget import Spectra
+from flexmore_ray.budget import Granularity, Spectra
 from flexmore_ray.errors import UsageError
 from flexmore_ray.factors import open_parts
 from flexmore_ray.grid import Options
-from flexmore_ray.mixture import read_spec
+from flexmore_ray.mixture import check_same_factors, read_spec
 from flexmore_ray.plan import PlannedMixture, Wanted, identify
+from flexmore_ray.rules import Measure, read_budget
 from flexmore_ray.scores import DEFAULT_SEED
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import FULL, ExpertRank, MixtureSpec, suggest
 from flexmore_ray.storage import AnyPath
-from search.baselines import Measure, baselines, read_budget, spread
+from search.baselines import baselines, spread
 from search.objective import Objective
 from search.samplers import SAMPLERS
 from search.space import Space
-from search.study import STANDARD
+from search.study import RESERVED
 
-Granularity = Literal["expert", "projection", "layer"]
 Goal = Literal["score", "front"]
 
 
@@ -124,7 +124,7 @@ class Search:
         self.included: dict[str, MixtureSpec] = {}
         for file in settings.include:
             name = Path(file).stem
-            if name in (*STANDARD, *self.included) or name.startswith("trial-"):
+            if name in (*RESERVED, *self.included) or name.startswith("trial-"):
                 raise UsageError(f"--include: {file}: a mixture of the search is called {name}; rename the file")
             self.included[name] = self._read(file)
 
@@ -140,10 +140,16 @@ class Search:
     def _read(self, file: str) -> MixtureSpec:
         """A mixture file of the user, as a variant of this source."""
         spec = read_spec(file)
+        if spec.router:
+            raise UsageError(
+                f"--include: {file} has router rows of its own, {spec.router}; a search compares mixtures with the "
+                "rows that their experts came with: leave out its router, or score it with flexmore eval"
+            )
         theirs = open_source(spec.source, spec.experts).describe() if spec.source else []
         if theirs != self.parts.source.describe():
             ours = ", ".join(self.parts.source.describe())
             raise UsageError(f"--include: {file} is of {', '.join(theirs) or 'a store'}, the search of {ours}")
+        check_same_factors(spec, self.parts, f"--include: {file}")
         ranks = dict.fromkeys(self.experts, FULL) | dict(spec.ranks)
         return dataclasses.replace(self.parts.spec, ranks=ranks, active=spec.active)
 
@@ -248,7 +254,8 @@ class Mixtures:
         """What every search is compared with, and what the user gave."""
         search = self._search
         active = search.actives[0] if len(search.actives) == 1 else None
-        specs = baselines(search.parts, search.budget, self._spectra, active) | search.included
+        granularity = search.settings.granularity
+        specs = baselines(search.parts, search.budget, self._spectra, active, granularity) | search.included
         return {name: self.named(name, spec.ranks, spec.active) for name, spec in specs.items()}
 
     def _refined(self, expert: str, rank: ExpertRank) -> ExpertRank:

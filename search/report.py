@@ -44,6 +44,9 @@ _BASELINES = {
     "entropy": "every matrix has the effective rank of its delta (exponential of the entropy of its spectrum), all "
     "scaled down by one factor to the budget",
     "optimal": "the ranks, matrix by matrix, that discard the least energy under the budget",
+    "optimal-expert": "the same with one rank for all matrices of an expert",
+    "optimal-projection": "the same with one rank for all matrices of an expert's projection",
+    "optimal-layer": "the same with one rank for all matrices of an expert's layer",
 }
 
 
@@ -199,6 +202,7 @@ def _role(entry: Mapping[str, Any], winner: bool) -> str:
     parts = [
         *(["winner"] if winner else ["finalist"] if entry["finalist"] else []),
         *(["baseline"] if entry["kind"] == "baseline" else []),
+        *([f"warm start from {entry['warm']}"] if entry.get("warm") else []),
         *([] if entry["fits"] else ["over budget"]),
     ]
     return ", ".join(parts) or entry["kind"]
@@ -393,7 +397,8 @@ def _listed(title: str, entries: Sequence[Entry], search: Search, note: str) -> 
     rows = [["mixture", "ranks", "active", MEASURES[search.settings["measure"]], "share of full", "validation"]]
     for e in entries:
         ranks = describe_ranks(e.ranks, search.experts)
-        rows.append([e.name, ranks, str(e.active), search.amount(e.cost), search.ratio(e.cost), _percent(e.score)])
+        name = f"{e.name} (warm start)" if e.warm else e.name
+        rows.append([name, ranks, str(e.active), search.amount(e.cost), search.ratio(e.cost), _percent(e.score)])
     return Table(title, rows, note, texts=2)
 
 
@@ -431,7 +436,8 @@ def _methods(search: Search) -> list[Block]:
                 "by it. The test score is not picked.",
                 "Early stopping: the documents of all tasks stand in one seeded random order, the same for all "
                 "entries; each rung scores a longer beginning of it, and the hopeless are stopped between rungs "
-                "(asynchronous successive halving). Baselines run first and are never stopped.",
+                "(asynchronous successive halving). Baselines run first and are never stopped; the first trials are "
+                "warm starts, the points of the space that are nearest to the baselines.",
                 f"Intervals: percentile bootstrap, {RESAMPLES:,} resamples of the documents of each test task, with "
                 "the same draw for all mixtures, so that differences are paired. They cover the choice of documents, "
                 "not the choice of tasks, prompts or seeds.",

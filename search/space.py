@@ -134,7 +134,10 @@ class Space:
         return point
 
     def nearest(self, ranks: Mapping[str, ExpertRank], active: int) -> Point:
-        """The point whose ranks are the powers of two at or below those of an assignment, repaired.
+        """The point whose ranks are the levels next to those of an assignment, as far as the budget allows.
+
+        They are the levels at or below, repaired. Then experts go up to the next level where that fits and is less
+        than twice their rank, those that are the furthest above their level first.
 
         Args:
             ranks: by domain expert, as in a mixture file; of a refined rank the mean over its matrices counts.
@@ -143,7 +146,17 @@ class Space:
         point = {_RANK + name: self._level(ranks.get(name, FULL)) for name in self.experts}
         if ACTIVE in self.distributions:
             point[ACTIVE] = min(max(active, self.actives[0]), self.actives[-1])
-        return self.repair(point)
+        found = self.repair(point)
+        means = {name: self._mean(ranks.get(name.removeprefix(_RANK), FULL)) for name in self._by_rank(found)}
+        above = {name: mean / self._rank_at(found[name]) for name, mean in means.items() if found[name] < self._top}
+        for name in sorted(above, key=lambda name: -above[name]):
+            higher = found | {name: found[name] + 1}
+            if above[name] > 1 and self._rank_at(higher[name]) < 2 * means[name] and self._fits(higher):
+                found = higher
+        return found
+
+    def _rank_at(self, level: int) -> int:
+        return self.full_rank if level == self._top else 2**level
 
     def _level(self, rank: ExpertRank) -> int:
         if rank == DROP:

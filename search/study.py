@@ -22,8 +22,12 @@ MAX_FAILURES = 10
 """A search ends after so many failed trials in a row."""
 STANDARD = ("full", "public", "uniform", "energy", "entropy", "optimal")
 """Names of the baselines that every search has."""
-WARM = ("uniform", "energy", "optimal")
-"""Baselines whose nearest points in the space are the first trials."""
+OWN = ("optimal-expert", "optimal-projection", "optimal-layer")
+"""Of these the one of the search's granularity, where it is not the same as "optimal"."""
+RESERVED = (*STANDARD, *OWN)
+"""Names that no mixture file may have."""
+WARM = (*OWN, "optimal", "uniform", "energy")
+"""Baselines whose nearest points in the space are the first trials, in this order."""
 
 Identify = Callable[[str, Mapping[str, ExpertRank], int], PlannedMixture]
 """Name, ranks and active experts -> the mixture with its identity."""
@@ -90,7 +94,7 @@ class Study:
     def _recall(self, entry: Entry) -> None:
         """Take over an entry of an earlier run; one that was running is run again by `next`."""
         mixture = self._recalled(entry.name, entry.ranks, entry.active)
-        given = self._baselines.get(entry.name, mixture) if entry.name not in STANDARD else mixture
+        given = self._baselines.get(entry.name, mixture) if entry.name not in RESERVED else mixture
         if {mixture.mixture_id, given.mixture_id} != {entry.mixture_id}:
             raise UsageError(f"{entry.name} is another mixture than when the search began; give it another name")
         self.mixtures[entry.number] = mixture
@@ -165,24 +169,23 @@ class Study:
         return entry
 
     def _ask(self) -> Entry | None:
-        warm = self._warm()
+        warm, point = next(self._warm(), (None, None))
         try:
-            trial = self._enqueued(warm) if warm else self._suggested()
+            trial = self._enqueued(point) if point else self._suggested()
         except ExhaustedError:
             self.reason = "every assignment within the budget has been tried"
             return None
         ranks, active = self.space.assignment(trial.params)
         name = f"trial-{_first_free(int(entry.name.removeprefix('trial-')) for entry in self.trials)}"
-        return self._start(self._identify(name, ranks, active), "trial", dict(trial.params), trial)
+        return self._start(self._identify(name, ranks, active), "trial", dict(trial.params), trial, warm)
 
-    def _warm(self) -> Point | None:
-        """The nearest point to a baseline that is not tried yet."""
-        for entry in self.entries:
-            if entry.kind == "baseline" and entry.name in WARM:
-                point = self.space.nearest(entry.ranks, entry.active)
-                if self._is_new(point):
-                    return point
-        return None
+    def _warm(self) -> Iterator[tuple[str, Point]]:
+        """Baselines whose nearest points are not tried yet, with these points."""
+        given = {entry.name: entry for entry in self.entries if entry.kind == "baseline"}
+        for name in filter(given.__contains__, WARM):
+            point = self.space.nearest(given[name].ranks, given[name].active)
+            if self._is_new(point):
+                yield name, point
 
     def _enqueued(self, point: Point, system: Mapping[str, Any] | None = None) -> Trial:
         """A trial at a point; with what a sampler noted of it in an earlier run."""
@@ -200,7 +203,9 @@ class Study:
             raise
         return trial
 
-    def _start(self, mixture: PlannedMixture, kind: Any, point: Point | None, trial: Trial | None) -> Entry:
+    def _start(
+        self, mixture: PlannedMixture, kind: Any, point: Point | None, trial: Trial | None, warm: str | None = None
+    ) -> Entry:
         cost = self._cost(mixture)
         entry = Entry(
             number=_first_free(other.number for other in self.entries),
@@ -213,6 +218,7 @@ class Study:
             cost=cost,
             fits=cost <= self.budget,
             point=point,
+            warm=warm,
         )
         if trial is not None:
             self._constrain(trial, cost)

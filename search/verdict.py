@@ -73,7 +73,8 @@ def conclude(entries: Sequence[Entry], finalists: Sequence[Entry], scores: Seque
     for i, entry in enumerate(entries):
         row = {
             **{
-                name: getattr(entry, name) for name in ("name", "kind", "fits", "cost", "parameters", "active", "ranks")
+                name: getattr(entry, name)
+                for name in ("name", "kind", "warm", "fits", "cost", "parameters", "active", "ranks")
             },
             "finalist": entry.number in chosen,
             "validation": entry.value,

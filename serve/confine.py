@@ -44,6 +44,8 @@ def _named(spec: MixtureSpec) -> Iterator[tuple[str, str]]:
         yield "store", spec.store
     for text in given_sources(spec):
         yield "source", text
+    if spec.router is not None:
+        yield "router", spec.router
 
 
 def _check(what: str, text: str, roots: Sequence[str], file: str) -> None:

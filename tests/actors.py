@@ -31,6 +31,7 @@ class Mortal(Doubler):
         mark = self.folder / str(number)
         if number == 13 or (number % 3 == 0 and not mark.exists()):
             mark.touch()
+            time.sleep(0.5)  # until the answer to the unit before is out, which would be lost with the process
             os.kill(os.getpid(), signal.SIGKILL)
         return 2 * number
 

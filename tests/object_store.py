@@ -180,4 +180,4 @@ def use(patch: Any, url: str) -> None:
         patch.delenv(name)
     for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": url}).items():
         patch.setenv(name, value)
-    storage._filesystem.cache_clear()
+    storage._client.cache_clear()

@@ -23,6 +23,7 @@ from flexmore_ray.report.analysis import (
     interval,
     mean,
     mean_curve,
+    needed,
     pareto_front,
     permutations,
     sufficient_rank,
@@ -195,6 +196,42 @@ def test_mean_curves_have_the_common_ranks():
     found = mean_curve([long, short])
     assert found.ranks == (1, 2)
     np.testing.assert_allclose(found.measure.value, [0.2, 0.4])
+
+
+# --- what a method needs ----------------------------------------------------------------------------------
+
+
+def scanned(parameters, values, target):
+    """The first of many places, along the straight lines between points, where a target is reached."""
+    x = np.linspace(np.log(parameters[0]), np.log(parameters[-1]), 200_001)
+    reached = np.flatnonzero(np.interp(x, np.log(parameters), values) >= target - 1e-6)
+    return math.exp(x[reached[0]]) if reached.size else math.inf
+
+
+@given(
+    steps=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    scores=st.lists(st.integers(0, 20), min_size=7, max_size=7),
+    share=st.sampled_from([0.9, 0.95, 1.0]),
+)
+def test_needed_is_the_first_place_that_reaches_the_share(steps, scores, share):
+    parameters = 100.0 + np.cumsum(steps)
+    values = np.array(scores) / 20
+    rows = np.stack([values, np.roll(values, 1), values[::-1]])
+    draws, few = rows[:, : len(steps)], rows[:, -2:]
+    value, found = needed(parameters, Measure(draws[0], draws), Measure(few[0], few), share)
+    for place, line, (public, full) in zip(found, draws, few, strict=True):
+        assert place == pytest.approx(scanned(parameters, line, public + share * (full - public)), rel=1e-5)
+    assert value == found[0]
+
+
+def test_needed_by_hand():
+    curve = Measure(np.array([0.5, 0.7, 0.8]), np.array([[0.5, 0.7, 0.8], [0.75, 0.7, 0.7]]))
+    ends = Measure(np.array([0.2, 0.8]), np.array([[0.2, 0.8], [0.2, 0.8]]))
+    value, draws = needed(np.array([1000.0, 2000.0, 4000.0]), curve, ends, 0.9)
+    assert value == pytest.approx(2000 * 2**0.4)  # 0.74 lies at 0.4 of the way from 0.7 to 0.8
+    np.testing.assert_allclose(draws, [2000 * 2**0.4, 1000])  # the second is there from the start
+    value, draws = needed(np.array([1000.0, 2000.0, 4000.0]), curve, ends, 1.0)
+    np.testing.assert_allclose([value, *draws], [4000, 4000, math.inf])
 
 
 # --- groups, fronts ---------------------------------------------------------------------------------------

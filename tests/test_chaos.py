@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.hosts import available
 
-CHOSEN = [("worker node killed, another added", "grid")]
+CHOSEN = [("worker node killed, another added", "grid"), ("head restarted", "decompose")]
 
 
 @pytest.mark.slow

@@ -162,12 +162,15 @@ def test_the_token_is_its_owners_alone_and_is_kept(tmp_path):
     assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(file.parent.stat().st_mode)) == (0o600, 0o700)
     empty = tmp_path / "empty"
     empty.touch()
-    with pytest.raises(UsageError, match="is empty"):
+    with pytest.raises(UsageError, match=r"one word is needed in .*/empty, found 0; remove it"):
         _token(empty)
 
 
-def test_env_is_what_a_shell_evaluates(tmp_path, capsys):
+def test_env_is_what_a_shell_evaluates(tmp_path, capsys, monkeypatch):
     cluster = record(tmp_path)
+    assert main(["cluster", "env"]) == 1
+    assert "has died" in capsys.readouterr().err
+    monkeypatch.setattr(Cluster, "is_up", lambda cluster: True)
     assert main(["cluster", "env"]) == 0
     script = (
         capsys.readouterr().out + 'echo "$RAY_ADDRESS $RAY_API_SERVER_ADDRESS $RAY_DASHBOARD_ADDRESS $RAY_AUTH_MODE"'
@@ -252,6 +255,7 @@ def test_a_cluster_from_up_to_down_with_a_head_that_dies_in_between(running, tmp
     assert again["resumed"]
     (lost,) = again["lost_jobs"]
     assert "sleep 500" in lost["entrypoint"]
+    assert lost["options"] == ""  # it was submitted without a working directory
     cluster = read_cluster()
     assert cluster is not None
     assert not any("sleep 500" in " ".join(each.cmdline()) for each in cluster.members())

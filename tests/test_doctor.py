@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flexmore_ray import facts as facts_module
 from flexmore_ray.__main__ import main
+from flexmore_ray.cluster import facts as facts_module
 from flexmore_ray.cluster import read_cluster
-from flexmore_ray.doctor import (
+from flexmore_ray.cluster.doctor import (
     OK,
     PROBLEM,
     WARNING,
@@ -35,8 +35,7 @@ from flexmore_ray.doctor import (
     check_versions,
     diagnose,
 )
-from flexmore_ray.errors import UsageError
-from flexmore_ray.facts import (
+from flexmore_ray.cluster.facts import (
     Access,
     Gpus,
     NodeFacts,
@@ -48,7 +47,8 @@ from flexmore_ray.facts import (
     node_facts,
     within,
 )
-from flexmore_ray.survey import gather_here
+from flexmore_ray.cluster.survey import gather_here
+from flexmore_ray.errors import UsageError
 from tests.test_cluster import flexmore
 from tests.test_jobs import BIN, free_port
 

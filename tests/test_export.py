@@ -108,14 +108,14 @@ def test_export_refuses_what_it_cannot_do(spec, tmp_path):
 
 
 def test_an_export_that_reads_back_different_is_refused(spec, tmp_path, monkeypatch):
-    from flexmore_ray import checkpoint
+    from flexmore_ray.checkpoint import writing
 
     def damaged(tensors, path, metadata):
         name = next(iter(tensors))
         save(tensors | {name: tensors[name] + 1}, path, metadata=metadata)
 
-    save = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", damaged)
+    save = writing.save_file
+    monkeypatch.setattr(writing, "save_file", damaged)
     with pytest.raises(CheckpointError, match="reads back different"):
         export_mixture(spec, tmp_path / "out", "flexolmo")
     assert list(tmp_path.iterdir()) == []

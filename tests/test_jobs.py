@@ -101,6 +101,7 @@ def test_a_search_runs_unchanged_as_a_job(dashboard: str, tmp_path: Path) -> Non
         "energy",
         "entropy",
         "optimal",
+        "optimal-expert",
         "mine",
         "trial-0",
         "trial-1",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
+from typing import ClassVar, get_args
 
+import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexmore_ray.budget import Granularity, allocate_optimal, allocate_uniform, parse_budget
 from flexmore_ray.errors import UsageError
+from flexmore_ray.factors import open_parts
 from flexmore_ray.mixture import Parts, open_mixture
 from flexmore_ray.plan import (
     PRESETS,
@@ -25,9 +33,13 @@ from flexmore_ray.plan import (
     resolve,
 )
 from flexmore_ray.scores import TaskSet, load_tasks
-from flexmore_ray.spec import MixtureSpec
+from flexmore_ray.spec import MatrixKey, MixtureSpec
+from flexmore_ray.store import open_store
+from tests.common import random_model
+from tests.common import write as write_model
 
 DOMAINS = ("math", "news", "academic", "code", "creative", "reddit")
+GRANULARITIES = get_args(Granularity)
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +220,139 @@ def test_the_record_keeps_its_name_through_both_stages(parts, tasks, tmp_path):
     assert record_name(record) == record_name(plan_record(plan, parts, tasks, "float32", planned[:1]))
     assert record_name(record) != record_name(record | {"weights": "other"})
     assert json.loads(json.dumps(record))["mixtures"][0]["ranks"] == dict.fromkeys(DOMAINS, 1)
+
+
+# --- curves -----------------------------------------------------------------------------------------------
+
+
+class SomeSpectra:
+    """Factors of which only the spectra are known: random ones, of one kind for each seed."""
+
+    weighting = "none"
+    dtype = torch.float32
+
+    def __init__(self, seed: int, recipe: str = "") -> None:
+        self._seed, self._recipe = seed, recipe
+
+    def spectrum(self, key: MatrixKey) -> torch.Tensor:
+        draw = np.random.default_rng([self._seed, key.layer, *map(ord, key.expert + key.projection)])
+        return torch.from_numpy(draw.gamma(2.0) * np.arange(1.0, 129.0) ** -draw.uniform(0.2, 2.0))
+
+    def recipe(self, expert: str) -> str:
+        return self._recipe
+
+
+CURVE = "mixtures: [{{curve: a b, allocation: {}, budgets: [{}], active: 3}}]"
+RATIOS = st.lists(st.sampled_from([round(0.22 + 0.02 * i, 2) for i in range(40)]), min_size=2, max_size=5, unique=True)
+
+
+@settings(max_examples=30)
+@given(allocation=st.sampled_from(["uniform", "optimal", *("optimal, granularity: " + g for g in GRANULARITIES)]),
+       ratios=RATIOS, seed=st.integers(0, 99))  # fmt: skip
+def test_mixtures_of_a_curve_keep_to_their_budgets_and_grow_with_them(
+    parts, tmp_path_factory, allocation, ratios, seed
+):
+    parts = dataclasses.replace(parts, factors=SomeSpectra(seed))
+    text = CURVE.format(allocation, ", ".join(f"{ratio}x" for ratio in ratios))
+    wanted = expand(read_plan(write(tmp_path_factory.mktemp("plan"), text)), parts)
+    assert [item.name for item in wanted] == [f"a b {ratio}x" for ratio in sorted(ratios)]
+    assert {(item.curve, item.active) for item in wanted} == {("a b", 3)}
+    source, full = parts.source, parts.count().full_total
+    made = [parts.with_spec(MixtureSpec(ranks=item.ranks, active=3)) for item in wanted]
+    for item, variant in zip(wanted, made, strict=True):
+        assert variant.count().total <= parse_budget(item.budget, full)
+        if allocation == "uniform":
+            assert item.ranks == allocate_uniform(source.shape, source.experts, parse_budget(item.budget, full))
+        else:
+            words = allocation.split(": ")[1:]
+            spectra = {key: SomeSpectra(seed).spectrum(key).numpy() for e in DOMAINS for key in source.shape.keys(e)}
+            budget = parse_budget(item.budget, full)
+            assert item.ranks == allocate_optimal(source.shape, source.experts, spectra, budget, *words)
+    keys = [key for name in DOMAINS for key in source.shape.keys(name)]
+    for one, other in itertools.pairwise(variant.assignment for variant in made):
+        ranks = [(one.rank(key), other.rank(key)) for key in keys]
+        if not any("full" in pair for pair in ranks):
+            assert all(low <= high for low, high in ranks)
+            assert ranks != [(rank, rank) for rank, _ in ranks] or allocation != "optimal"
+
+
+def test_a_curve_ends_at_the_full_mixture_and_its_budgets_are_sorted(parts, tmp_path):
+    text = CURVE.format("optimal", "1x, 1000000, 0.5x, 2x")
+    wanted = expand(read_plan(write(tmp_path, text)), dataclasses.replace(parts, factors=SomeSpectra(1)))
+    assert [item.budget for item in wanted] == ["1000000", "0.5x", "1x", "2x"]
+    assert wanted[2].ranks == wanted[3].ranks == dict.fromkeys(DOMAINS, "full")
+    assert "full" not in wanted[0].ranks.values()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("curve: a, allocation: uniform, budgets: [0.5x], rank: 3", r"mixtures\[0\]: unknown key 'rank' beside curve"),
+        ("curve: '', allocation: uniform, budgets: [0.5x]", "its name is a word or several"),
+        ("curve: a, budgets: [0.5x]", "allocation: one of uniform, optimal is needed, got None"),
+        ("curve: a, allocation: best, budgets: [0.5x]", "one of uniform, optimal is needed, got 'best'"),
+        ("curve: a, allocation: uniform, granularity: matrix, budgets: [0.5x]", "granularity: it is of optimal"),
+        ("curve: a, allocation: optimal, granularity: row, budgets: [0.5x]", "granularity: one of expert.* got 'row'"),
+        ("curve: a, allocation: uniform", "budgets: a list of counts or ratios"),
+        ("curve: a, allocation: uniform, budgets: 0.5x", "budgets: a list of counts or ratios"),
+        ("curve: a, allocation: uniform, budgets: [half]", r"mixtures\[0\]: budget: a count such as .* got 'half'"),
+        ("curve: a, allocation: uniform, budgets: [yes]", "budget: a count such as"),
+        ("curve: a, allocation: uniform, budgets: [0.5x, 0.1x]", r"mixtures\[0\]: budget: .* fewer than the public"),
+        ("curve: a, allocation: optimal, budgets: [0.1x]", r"mixtures\[0\]: budget: .* fewer than the public"),
+        ("curve: a, allocation: uniform, budgets: [0.5x], active: 8", "from 1 to the 7 experts"),
+        ("curve: a, allocation: uniform, budgets: [0.5x], active: [2, 4]", "a curve has one number of active"),
+    ],
+)
+def test_bad_curves_are_refused_in_one_line(text, message, parts, tmp_path):
+    with pytest.raises(UsageError, match=message) as caught:
+        names(f"mixtures: [{{{text}}}]", tmp_path, dataclasses.replace(parts, factors=SomeSpectra(1)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_curve_of_experts_that_were_born_low_rank_is_refused(parts, tmp_path):
+    class Born:
+        born_ranks: ClassVar = {MatrixKey("news", 0, "up_proj"): 4}
+
+        def __getattr__(self, name):
+            return getattr(parts.source, name)
+
+    with pytest.raises(UsageError, match="expert news was low-rank from the start"):
+        names(CURVE.format("uniform", "0.5x"), tmp_path, dataclasses.replace(parts, source=Born()))
+
+
+def test_planning_decomposes_into_the_store_what_it_needs(tmp_path):
+    write_model(random_model(num_experts=3), tmp_path / "m")
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"source: {tmp_path / 'm'}\ntasks: nano\n{CURVE.format('optimal', '0.8x')}")
+    plan = read_plan(path)
+    parts, folder = open_parts(plan.spec(), tmp_path / "store")
+    assert not folder.exists()
+    (wanted,) = expand(plan, parts)
+    store, source = open_store(tmp_path / "store"), parts.source
+    for key in (key for e in source.experts[1:] for key in source.shape.keys(e)):
+        change = source.weight(key).double() - source.weight(key._replace(expert=source.experts[0])).double()
+        torch.testing.assert_close(store.spectrum(key), torch.linalg.svdvals(change), rtol=1e-4, atol=1e-6)
+    (again,) = expand(plan, open_parts(plan.spec(), tmp_path / "store")[0])
+    assert again == wanted
+
+
+def test_a_record_knows_curves_and_factors(parts, tasks, tmp_path):
+    plan = read_plan(write(tmp_path, CURVE.format("uniform", "0.5x, 1x") + "\n"))
+    records = []
+    for recipe in ("", "both:123"):
+        variant = dataclasses.replace(parts, factors=SomeSpectra(1, recipe))
+        variant.factors.weighting = "both" if recipe else "none"
+        records.append(plan_record(plan, variant, tasks, "float32", identify(expand(plan, variant), variant)))
+    plain, weighted = (json.loads(json.dumps(record)) for record in records)
+    assert [(m["name"], m["curve"], m["budget"]) for m in plain["mixtures"]] == [
+        ("a b 0.5x", "a b", "0.5x"), ("a b 1x", "a b", "1x"),
+    ]  # fmt: skip
+    assert plain["factors"] == ""
+    assert re.fullmatch(r"both:[0-9a-f]{8}", weighted["factors"])
+    ids = [[m["mixture_id"] for m in record["mixtures"]] for record in (plain, weighted)]
+    assert ids[0][0] != ids[1][0]
+    assert ids[0][1] == ids[1][1]  # the full mixture uses no factors
+    assert record_name(plain) != record_name(weighted)
+    older = {key: value for key, value in plain.items() if key != "factors"}
+    text = json.dumps({k: v for k, v in older.items() if k not in ("mixtures", "store")}, sort_keys=True)
+    assert record_name(plain).startswith(hashlib.sha256(text.encode()).hexdigest()[:16])

@@ -30,7 +30,8 @@ from tests.test_results import COMMON, DATA, TASKS
 TASK_NAMES = ("nano_arithmetic", "nano_mayors")
 LIMIT, TEST_LIMIT, TRIALS = 9, 5, 4
 RUNGS = (2, 6, 18)  # documents of both tasks
-BASELINES = ["full", "public", "uniform", "energy", "entropy", "optimal"]
+STANDARD = ["full", "public", "uniform", "energy", "entropy", "optimal"]
+BASELINES = [*STANDARD, "optimal-expert"]
 FILES = ("search.json", "trials.parquet", "front.parquet", "final.json", "winner.yaml", "journal.log", "report.md")
 DOMAINS = ("math", "news", "academic", "code", "creative", "reddit")
 
@@ -97,6 +98,7 @@ def test_winner_and_files(first, capsys):
     assert [row["number"] for row in rows] == list(range(len(BASELINES) + TRIALS))
     assert [row["name"] for row in rows] == BASELINES + [f"trial-{i}" for i in range(TRIALS)]
     assert len({row["mixture_id"] for row in rows}) == len(rows)
+    assert rows[len(BASELINES)]["warm"] == "optimal-expert"
     limit = json.loads((out / "search.json").read_text())["budget"]
     assert all(row["fits"] == (row["cost"] <= limit) for row in rows)
     assert [row["name"] for row in rows if not row["fits"]] == ["full"]
@@ -178,16 +180,17 @@ def test_another_search_on_the_same_cells(first, store, tmp_path, capsys):
     more = ("--granularity", "layer", "--measure", "bytes", "--include", str(mine), "--trials", "2")
     search(tmp_path / "other", "--store", str(store), "--results", str(out / "results"), *more)
     rows = trials(tmp_path / "other")
-    assert [row["name"] for row in rows] == [*BASELINES, "mine", "trial-0", "trial-1"]
-    assert rows[6]["ranks"] == dict.fromkeys(DOMAINS, FULL) | theirs
-    assert (rows[6]["kind"], rows[6]["active"]) == ("baseline", 2)
-    lists = [rank for row in rows[7:] for rank in row["ranks"].values() if isinstance(rank, dict)]
+    assert [row["name"] for row in rows] == [*STANDARD, "optimal-layer", "mine", "trial-0", "trial-1"]
+    assert rows[7]["ranks"] == dict.fromkeys(DOMAINS, FULL) | theirs
+    assert (rows[7]["kind"], rows[7]["active"]) == ("baseline", 2)
+    assert [row["warm"] for row in rows[:9]] == [None] * 8 + ["optimal-layer"]
+    lists = [rank for row in rows[8:] for rank in row["ranks"].values() if isinstance(rank, dict)]
     assert any(isinstance(rank[name], list) for rank in lists for name in PROJECTIONS)
     width = open_source(["zoo://nano"]).dtype.itemsize
     assert all(row["cost"] == width * row["parameters"] for row in rows)
     assert before.items() <= written(cells).items()
     shared = {row["mixture_id"] for row in rows} & {i for i, row in earlier.items() if row["state"] == "complete"}
-    assert len(shared) >= len(BASELINES)
+    assert len(shared) >= len(STANDARD)
     new = [row for row in read_cells(out / "results").to_pylist() if row["cell"] not in counted]
     assert new
     assert not shared & {row["mixture_id"] for row in new}

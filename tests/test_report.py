@@ -17,7 +17,7 @@ from flexmore_ray import results as results_module
 from flexmore_ray.build import build_store
 from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.report import write_report
-from flexmore_ray.report.analysis import compare_kinds, fit_quadratic, own_curve, resample
+from flexmore_ray.report.analysis import compare_kinds, compare_methods, fit_quadratic, own_curve, resample
 from flexmore_ray.report.sections import read_sections
 from flexmore_ray.results import CellKey, commit_cell
 from flexmore_ray.scores import Sample, TaskScore
@@ -407,6 +407,202 @@ def test_names_of_one_mixture_are_joined(tmp_path):
 def read_sections_of(root, mixtures):
     fill(root, mixtures[:1])
     return read_sections(root)
+
+
+# --- methods compared -------------------------------------------------------------------------------------
+
+PARAMETERS = {"0.25x": 1000, "0.5x": 2000, "1x": 4000}
+
+
+def point(curve, budget, ranks, active=3, **more):
+    """A mixture of a curve, of so many parameters as its budget; the one at 1x is full."""
+    name = f"{curve} {budget}"
+    ranks = {"math": "full", "news": "full"} if budget == "1x" else ranks
+    size = {"parameters": PARAMETERS[budget], "full_parameters": 4000}
+    return mixture(name, ranks, active, curve=curve, budget=budget, **size, **more)
+
+
+def curves(names, budgets, **more):
+    """Curves of two ranks below the full one; those of other factors are other mixtures."""
+    suffix = more.pop("id", "")
+    found = []
+    for n, name in enumerate(names):
+        for rank, budget in enumerate(budgets, 2):
+            made = point(name, budget, {"math": rank + 10 * n, "news": rank + 10 * n}, **more)
+            found.append(made if budget == "1x" else made | {"mixture_id": f"{made['mixture_id']}{suffix}"})
+    return found
+
+
+PUBLIC = mixture("public", {"math": "drop", "news": "drop"}, 1, parameters=600)
+
+
+def fill_with(root, scores):
+    """Each mixture right on the first documents of every task: a share of them."""
+    for what, score in scores:
+        for task in BEST:
+            commit(root, what, task, (np.arange(100) < round(100 * score)).astype(float))
+
+
+def test_methods_of_two_stores_are_compared_in_one_section(tmp_path):
+    plain = curves(["plain"], PARAMETERS)
+    weighted = curves(["weighted"], PARAMETERS, id="w")
+    assert plain[0]["ranks"] == weighted[0]["ranks"]
+    assert plain[2]["mixture_id"] == weighted[2]["mixture_id"]
+    write_plan(tmp_path, [PUBLIC, *weighted], name="a", factors="both:12345678")
+    write_plan(tmp_path, [PUBLIC, *plain], name="b", factors="")
+    fill_with(tmp_path, [(PUBLIC, 0.2), *zip(plain, (0.5, 0.7, 0.8), strict=True)])
+    fill_with(tmp_path, zip(weighted[:2], (0.5, 0.77), strict=True))
+    (section,) = read_sections(tmp_path)
+    assert section.curves == ("plain", "weighted")  # plain factors first, though their plan's name is not
+    assert [m.name for m in section.mixtures if m.is_full] == ["full-a3"]
+    found = write_report(tmp_path, tmp_path / "out")["sections"][0]["curves"]
+    assert list(found) == ["plain", "weighted"]
+    by_hand = {"plain": (2000 * 2**0.4, 2000 * 2**0.7, 4000), "weighted": (1000 * 2 ** (8 / 9), 2000, 4000)}
+    for name, places in by_hand.items():
+        assert [p["parameters"] for p in found[name]["points"]] == [1000, 2000, 4000]
+        for share, place in zip(("0.9", "0.95", "1"), places, strict=True):
+            told = found[name]["needed"][share]
+            assert told["value"] == pytest.approx(place, rel=1e-4)
+            assert told["low"] <= told["value"] * (1 + 1e-9)
+            assert told["value"] <= told["high"] * (1 + 1e-9)
+    assert found["weighted"]["against_baseline"]["value"] == pytest.approx(2**-0.7, rel=1e-4)
+    assert found["plain"]["against_baseline"] == pytest.approx({"value": 1, "low": 1, "high": 1})
+    text = text_of(tmp_path / "out")
+    assert "The baseline is plain" in text
+    assert f"| weighted | 3 | 1,852, {2 ** (8 / 9) / 4:.3f}x (" in text
+    assert re.search(r"\| weighted \| 0.5x \| 2,000 \| 0.500 \| 77.0 \| \+7.0 \(\+.* \| better \|", text)
+    assert "| weighted | 1x | 4,000 | 1.000 | 80.0 | the same | - |" in text
+    assert (tmp_path / "out" / "1-methods.png").exists()
+
+
+def test_a_share_that_is_not_reached_or_reached_at_once_is_said(tmp_path):
+    low, high = curves(["low"], ("0.25x", "0.5x")), curves(["low", "high"], ("0.25x", "0.5x"))[2:]
+    full = mixture("whole", {"math": "full", "news": "full"}, 3, parameters=4000, full_parameters=4000)
+    write_plan(tmp_path, [PUBLIC, full, *low, *high], factors="")
+    fill_with(tmp_path, [(PUBLIC, 0.0), (full, 0.8), *zip([*low, *high], (0.1, 0.2, 0.9, 0.95), strict=True)])
+    found = write_report(tmp_path, tmp_path / "out")["sections"][0]["curves"]
+    assert found["low"]["needed"]["0.9"] == {"value": None, "low": None, "high": None}
+    assert found["high"]["needed"]["0.9"]["value"] == pytest.approx(1000)
+    assert found["high"]["against_baseline"]["value"] is None
+    text = text_of(tmp_path / "out")
+    assert "| low | 3 | not reached | not reached | not reached | baseline |" in text
+    assert "| high | 3 | ≤ 0.250x | ≤ 0.250x | " in text
+
+
+def test_without_the_full_mixture_nothing_is_said_of_its_gain(tmp_path):
+    made = curves(["one", "two"], ("0.25x", "0.5x"))
+    write_plan(tmp_path, made, factors="")
+    fill_with(tmp_path, zip(made[:3], (0.4, 0.5, 0.6), strict=True))
+    found = write_report(tmp_path, tmp_path / "out")["sections"][0]["curves"]
+    assert [len(curve["points"]) for curve in found.values()] == [2, 1]
+    assert not any(curve["needed"] for curve in found.values())
+    assert "Not known here: it takes both mixtures, and a gain" in text_of(tmp_path / "out")
+
+
+def test_reports_without_curves_say_nothing_of_methods(full_report):
+    out, found = full_report
+    assert found["sections"][0]["curves"] == {}
+    assert "Methods compared" not in text_of(out)
+
+
+def test_mixtures_of_one_name_and_other_factors_are_told_apart(tmp_path):
+    plain = [*curves(["optimal"], PARAMETERS), mixture("uniform-r4-a3", {"math": 4, "news": 4}, 3)]
+    plans = {"a": ("", ""), "b": ("w", "both:1"), "c": ("v", "input:2"), "d": ("u", "input:3")}
+    for name, (suffix, factors) in plans.items():
+        own = [m if "full" in str(m["ranks"]) else dict(m, mixture_id=m["mixture_id"] + suffix) for m in plain]
+        write_plan(tmp_path, own, name=name, factors=factors)
+        fill_with(tmp_path, [(m, 0.5) for m in own])
+    (section,) = read_sections(tmp_path)
+    named = [m.name for m in section.mixtures if 4 in m.ranks.values()]
+    assert named == ["uniform-r4-a3", *(f"uniform-r4-a3 ({word})" for word in ("both", "input:2", "input:3"))]
+    assert len({m.name for m in section.mixtures}) == len(section.mixtures) == 4 * 3 + 1
+    assert section.curves == tuple(f"optimal ({word})" for word in ("plain", "both", "input:2", "input:3"))
+    assert all(sum(curve in m.curves for m in section.mixtures) == 3 for curve in section.curves)
+
+
+def test_other_router_rows_make_full_and_public_mixtures_others_too(tmp_path):
+    plain = [*curves(["optimal"], PARAMETERS), PUBLIC]
+    plans = {"a": ("", "both:1"), "b": ("x", "both:1+router:2"), "c": ("y", "router:3"), "d": ("", "")}
+    for name, (suffix, factors) in plans.items():
+        own = [dict(m, mixture_id=m["mixture_id"] + suffix) for m in plain]
+        if name == "d":  # plain factors: other mixtures where experts are cut, the same where none is
+            own = [m if {"full", "drop"} & set(m["ranks"].values()) else m | {"mixture_id": m["name"]} for m in own]
+        write_plan(tmp_path, own, name=name, factors=factors)
+        fill_with(tmp_path, [(m, 0.5) for m in own])
+    (section,) = read_sections(tmp_path)
+    assert section.curves == tuple(f"optimal ({word})" for word in ("plain", "both", "both+router", "router"))
+    words = {"full-a3": ("", "router:2", "router:3"), "public": ("", "router:2", "router:3")}
+    for name, found in words.items():
+        named = {m.name: m.factors for m in section.mixtures if m.name.startswith(name)}
+        assert named == {f"{name} ({text})" if text else name: text for text in found}
+    assert section.mixtures[section.full(3)].factors == section.mixtures[section.public()].factors == ""
+    assert all(sum(curve in m.curves for m in section.mixtures) == 3 for curve in section.curves)
+
+
+def test_curves_of_one_name_and_other_active_experts_are_told_apart(tmp_path):
+    for active in (2, 3):
+        made = curves(["a"], PARAMETERS, active=active)
+        write_plan(tmp_path, made, name=f"plan-{active}", factors="")
+        fill_with(tmp_path, [(m, 0.5) for m in made])
+    (section,) = read_sections(tmp_path)
+    assert section.curves == ("a (a2)", "a (a3)")
+    assert [m.curves for m in section.mixtures if m.is_full] == [{"a (a2)": ("1x",)}, {"a (a3)": ("1x",)}]
+
+
+def test_budgets_that_make_the_same_mixture_are_each_a_point_of_the_table(tmp_path):
+    made = curves(["a"], PARAMETERS)
+    again = dict(next(m for m in made if m["budget"] != "1x"), budget="0.9999x", name="again")
+    write_plan(tmp_path, [*made, again], factors="")
+    fill_with(tmp_path, [(m, 0.5) for m in made])
+    (section,) = read_sections(tmp_path)
+    (found,) = [m.curves["a"] for m in section.mixtures if "0.9999x" in m.curves.get("a", ())]
+    assert len(found) == 2
+    (method,) = compare_methods(section, resample(section, tmp_path))
+    assert [budget for budget, _ in method.points()].count("0.9999x") == 1
+    assert len({column for _, column in method.points()}) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "pairs"),
+    [
+        ({"factors": ""}, {"factors": ""}, False),  # equal ranks and factors: other weights
+        ({}, {}, False),  # records of older versions do not say
+        ({}, {"factors": "both:1"}, False),
+        ({"factors": "", "digests": {"math": "m"}}, {"factors": "both:1", "digests": {"math": "other"}}, False),
+        ({"factors": ""}, {"factors": "both:1"}, True),  # best ranks of each are a chapter of its own
+        ({"factors": ""}, {"factors": "router:1"}, True),
+    ],
+)
+def test_what_may_not_be_compared_stays_apart(tmp_path, first, second, pairs):
+    plain = curves(["a"], PARAMETERS) + ([mixture("pair-math-r2", {"math": 2}, 2)] if pairs else [])
+    other = [m if "full" in str(m["ranks"]) else dict(m, mixture_id=f"{m['mixture_id']}x") for m in plain]
+    write_plan(tmp_path, plain, name="a", **first)
+    write_plan(tmp_path, other, name="b", **second)
+    fill_with(tmp_path, [(m, 0.5) for m in [*plain, *other]])
+    one, two = read_sections(tmp_path)
+    assert {one.plans, two.plans} == {("a",), ("b",)}
+    assert len(one.mixtures) == len(two.mixtures) == len(plain)
+
+
+def test_unplanned_cells_of_another_store_stay_apart(tmp_path):
+    made = curves(["a"], PARAMETERS)
+    stray = dict(made[0], mixture_id="stray")
+    write_plan(tmp_path, made, factors="both:1")
+    fill_with(tmp_path, [(m, 0.5) for m in [*made, stray]])
+    planned, apart = read_sections(tmp_path)
+    assert (len(planned.mixtures), [m.mixture_id for m in apart.mixtures]) == (3, ["stray"])
+
+
+def test_an_older_record_learns_its_factors_from_a_newer_one(tmp_path):
+    plain, weighted = curves(["plain"], PARAMETERS), curves(["weighted"], PARAMETERS, id="w")
+    older = [{key: value for key, value in m.items() if key not in ("curve", "budget")} for m in weighted]
+    write_plan(tmp_path, older, name="a")
+    write_plan(tmp_path, plain, name="b", factors="")
+    write_plan(tmp_path, weighted, name="c", factors="both:1")
+    fill_with(tmp_path, [(m, 0.5) for m in [*plain, *weighted]])
+    (section,) = read_sections(tmp_path)
+    assert set(section.plans) == {"a", "b", "c"}
+    assert len(section.mixtures) == 5
 
 
 # --- metrics ----------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
 from flexmore_ray.errors import UsageError
-from flexmore_ray.router import RouterMoments, fit_rows, gather_moments, read_texts
+from flexmore_ray.router import RouterMoments, fit_rows, gather_moments
+from flexmore_ray.texts import read_texts
 
 HIDDEN, LAYERS = 16, 2
 

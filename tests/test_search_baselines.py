@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from flexmore_ray.budget import break_even_rank, discarded_energy, energy_rank, entropy_rank, matrix_params
+from flexmore_ray.budget import Granularity, break_even_rank, discarded_energy, energy_rank, entropy_rank, matrix_params
 from flexmore_ray.build import build_store
 from flexmore_ray.errors import UsageError
 from flexmore_ray.mixture import Parts, open_mixture
+from flexmore_ray.rules import Budget, allocate, read_budget
 from flexmore_ray.spec import DROP, FULL, PROJECTIONS, Assignment, MatrixKey, MixtureSpec, ModelShape
-from search.baselines import Budget, baselines, read_budget, spread
+from search.__main__ import GRANULARITIES
+from search.baselines import baselines, spread
 from tests.common import random_model, write
 
 EXPERTS = ("public", "math", "news", "code")
@@ -244,6 +247,71 @@ def test_the_optimal_baseline_discards_least(seed, share, measure):
             assignment = assigned(parts, named[name])
             some_dense = any(assignment.rank(key) == FULL for key in spectra)
             assert lost["optimal"] <= lost[name] + (step if some_dense else 0) + 1e-9
+
+
+_PAIRS = [("expert", "projection"), ("expert", "layer"), ("expert", "matrix"), ("projection", "matrix")]
+_PAIRS.append(("layer", "matrix"))
+
+
+@given(
+    seed=_SEED,
+    share=st.floats(0, 1),
+    measure=st.sampled_from(["parameters", "bytes"]),
+    pair=st.sampled_from(_PAIRS),
+)
+def test_a_coarser_granularity_fits_and_never_discards_less(seed, share, measure, pair):
+    """Where it has no dense matrices; else within the finer one's step to dense that did not fit."""
+    parts, spectra = parts_of(), random_spectra(seed)
+    budget = budget_at(parts, measure, share)
+    found = [allocate(parts, budget, spectra, "optimal", granularity=granularity) for granularity in pair]
+    if None in found:
+        assert found == [None, None]
+        return
+    coarse, fine = (assigned(parts, spec) for spec in found)
+    assert budget.fits(coarse)
+    assert budget.fits(fine)
+    step = 0.0
+    for assignment, granularity in ((coarse, pair[0]), (fine, pair[1])):
+        groups: dict[tuple[object, ...], list[MatrixKey]] = {}
+        for key in spectra:
+            name = {"expert": (), "projection": (key.projection,), "layer": (key.layer,)}.get(granularity, (key,))
+            groups.setdefault((key.expert, *name), []).append(key)
+        assert all(len({assignment.rank(key) for key in keys}) == 1 for keys in groups.values())
+        step = max(sum(float(np.square(spectra[key][1:]).sum()) for key in keys) for keys in groups.values())
+    dense = any(coarse.rank(key) == FULL for key in spectra)
+    lost = discarded_energy(spectra, coarse)
+    assert discarded_energy(spectra, fine) <= lost + (step if dense else 0) + 1e-9
+
+
+@settings(max_examples=20)
+@given(
+    seed=_SEED,
+    share=st.floats(0, 1),
+    measure=_MEASURE,
+    granularity=st.sampled_from(["expert", "projection", "layer", "matrix"]),
+)
+def test_a_search_has_the_optimal_ranks_of_its_granularity_beside_those_by_matrix(seed, share, measure, granularity):
+    born = born_ranks(seed)
+    parts, spectra = parts_of(born_ranks=born), random_spectra(seed, born)
+    budget = budget_at(parts, measure, share)
+    plain, named = (baselines(parts, budget, spectra, None, g) for g in ("matrix", granularity))
+    more = list(named)[len(plain) :]
+    assert list(named) == [*plain, *more]
+    assert {name: named[name] for name in plain} == plain
+    own = allocate(parts, budget, spectra, "optimal", granularity=granularity)
+    assert more == ([] if own == plain.get("optimal") else [f"optimal-{granularity}"])
+    assert all(named[name] == own and budget.fits(assigned(parts, own)) for name in more)
+
+
+def test_the_command_knows_every_granularity():
+    assert set(GRANULARITIES) == set(get_args(Granularity))
+
+
+def test_an_unknown_rule():
+    parts = parts_of()
+    budget = budget_at(parts, "parameters", 0.5)
+    with pytest.raises(UsageError, match="rule: unknown 'optimum'; did you mean optimal"):
+        allocate(parts, budget, random_spectra(0), "optimum")  # type: ignore[arg-type]
 
 
 def test_a_budget_below_rank_one_has_only_the_two_extremes():

@@ -126,7 +126,7 @@ def final(entries, experts):
     rows = []
     for e in shown:
         test = e.value - 0.008
-        row = {name: getattr(e, name) for name in ("name", "kind", "fits", "cost", "parameters", "active")}
+        row = {name: getattr(e, name) for name in ("name", "kind", "warm", "fits", "cost", "parameters", "active")}
         row |= {"ranks": dict(e.ranks), "finalist": e in finalists, "validation": e.value}
         row |= {"groups_validation": dict(e.groups), "test": estimate(test)}
         row |= {"groups": {group["name"]: estimate(test) for group in GROUPS}}
@@ -236,6 +236,18 @@ def test_the_table_has_the_numbers_of_the_files(whole):
         assert ("over budget" in row[1]) == (e["name"] == "full")
     assert rows["public"][2] == "all drop"
     assert rows["optimal"][2].startswith("math 4 to full, news ")
+
+
+def test_a_warm_start_is_said_to_be_one(tmp_path):
+    entries = [*baselines(EXPERTS, 2_200_000), *searched(EXPERTS, 2_200_000, 40)]
+    best = max((e for e in entries if e.state == "complete" and e.fits and e.point), key=lambda e: e.value)
+    best.warm = "optimal"
+    write_search(tmp_path, entries=entries)
+    write_report(tmp_path)
+    text = text_of(tmp_path)
+    assert re.search(rf"\| {best.name} \| (winner|finalist), warm start from optimal \|", text)
+    assert f"| {best.name} (warm start) |" in section(text, "The best ranks")
+    assert text.count("warm start from") == 1
 
 
 def test_it_says_what_was_spent_and_where_the_files_are(whole):

@@ -234,22 +234,44 @@ def test_all_neighbours_are_met():
 
 
 @given(spaces(), st.data())
-def test_the_nearest_point_has_the_powers_of_two_at_or_below(space, data):
+def test_the_nearest_point_has_the_levels_next_to_the_ranks(space, data):
+    """At or below where the budget ends; above, but less than twice the rank, where it does not."""
     rank = st.sampled_from([DROP, FULL]) | st.integers(1, space.full_rank)
     ranks = {name: data.draw(rank) for name in space.experts}
     active = data.draw(st.integers(1, 6))
-    free = dataclasses.replace(space, fits=lambda *_: True)
-    found, number = free.assignment(free.nearest(ranks, active))
+    size = {level: space.full_rank if level == FULL else level for level in space.levels if level != DROP}
+    below: dict[str, int | str] = {}
+    above: dict[str, int | str] = {}
     for name, asked in ranks.items():
-        whole = asked == FULL or asked == space.full_rank
-        below = [
-            level for level in space.levels if isinstance(level, int) and asked not in (DROP, FULL) and level <= asked
-        ]
-        assert found[name] == (FULL if whole else DROP if asked == DROP else max(below))
-    kept = 1 + sum(rank != DROP for rank in ranks.values())
+        rank = 0 if asked == DROP else size.get(asked, asked)
+        below[name] = max((level for level in size if size[level] <= rank), key=size.__getitem__, default=DROP)
+        higher = [level for level in size if rank <= size[level] < 2 * rank]
+        above[name] = min(higher, key=size.__getitem__, default=below[name])
+    free, bounded = (
+        dataclasses.replace(space, fits=lambda found, _, most=most: all(at_most(found[n], most[n]) for n in found))
+        for most in (dict.fromkeys(ranks, FULL), below)
+    )
+
+    def at_most(one, other) -> bool:
+        return space.levels.index(one) <= space.levels.index(other)
+
     inside = min(max(active, space.actives[0]), space.actives[-1])
-    assert number == min(inside, kept)
-    assert space.nearest(ranks, active) == space.repair(free.nearest(ranks, active))
+    number = min(inside, 1 + sum(rank != DROP for rank in ranks.values()))
+    assert free.assignment(free.nearest(ranks, active)) == (above, number)
+    assert bounded.assignment(bounded.nearest(ranks, active)) == (below, number)
+    lowest, found = space.repair(bounded.nearest(ranks, active)), space.nearest(ranks, active)
+    assert space.fits(*space.assignment(found))
+    assert all(lowest[name] <= value <= lowest[name] + 1 for name, value in found.items())
+    assert all(at_most(rank, above[name]) for name, rank in space.assignment(found)[0].items())
+
+
+def test_what_is_left_of_the_budget_goes_to_the_rank_that_is_the_furthest_above_its_level():
+    space = small_space(16 + 64, full_rank=128, prices=(1, 1))
+    assert space.nearest({"math": 20, "news": 60}, 3) == {"log2_rank.math": 4, "log2_rank.news": 6}
+    space = small_space(32 + 32, full_rank=128, prices=(1, 1))
+    assert space.nearest({"math": 30, "news": 34}, 3) == {"log2_rank.math": 5, "log2_rank.news": 5}
+    assert space.nearest({"math": 30, "news": 20}, 3) == {"log2_rank.math": 5, "log2_rank.news": 5}
+    assert space.nearest({"math": 16, "news": 20}, 3) == {"log2_rank.math": 4, "log2_rank.news": 5}
 
 
 @given(spaces_and_points)
@@ -262,14 +284,14 @@ def test_the_nearest_point_of_a_point_is_itself(drawn):
 @pytest.mark.parametrize(
     ("rank", "level"),
     [
-        (dict.fromkeys(PROJECTIONS, 5), 2),
-        ({"gate_proj": 7, "up_proj": 8, "down_proj": 8}, 2),
+        (dict.fromkeys(PROJECTIONS, 5), 3),
+        ({"gate_proj": 7, "up_proj": 8, "down_proj": 8}, 3),
         ({"gate_proj": 1, "up_proj": 1, "down_proj": 22}, 3),
         ({"gate_proj": [4, 12], "up_proj": 8, "down_proj": [8, 8]}, 3),
-        ({"gate_proj": FULL, "up_proj": 1, "down_proj": 1}, 5),
+        ({"gate_proj": FULL, "up_proj": 1, "down_proj": 1}, 6),
         (dict.fromkeys(PROJECTIONS, FULL), 7),
         ({"gate_proj": [FULL, FULL], "up_proj": 128, "down_proj": FULL}, 7),
-        ([16, 17], 4),
+        ([16, 17], 5),
         (1000, 7),
     ],
 )

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from flexmore_ray.errors import FlexmoreError
+from flexmore_ray.spec import DROP, FULL
 from search.samplers import SAMPLERS
 from search.study import Study
 from tests.search_problem import (
@@ -179,30 +179,85 @@ def test_a_search_with_nothing_to_try_ends_with_its_baselines():
     assert study.best.name == "public"
 
 
-def test_first_trials_are_the_points_nearest_to_the_baselines():
-    problem = some_problem(experts=3, full_rank=32, share=0.5, baselines=("full", "public", "uniform", "energy"))
-    uneven = problem.identify("energy", {"a": 5, "b": 17, "c": 3}, 9)
-    study = Study(
-        problem.space,
-        sampler="random",
-        seed=0,
-        trials=3,
-        front=False,
-        baselines={"full": problem.mixture("full"), "energy": uneven},
-        identify=problem.identify,
-        recalled=problem.recalled,
-        cost=lambda mixture: 1,
-        budget=math.floor(problem.budget),
-        ledger=MemoryLedger(),
-        journal=MemoryJournal(),
-    )
-    for _ in range(2):
-        entry = study.next()
-        study.report(entry, 0.5, {}, 1, 1)
-        study.finish(entry, "complete")
-    near = problem.space.assignment(problem.space.nearest({"a": 5, "b": 17, "c": 3}, 9))[0]
-    assert dict(study.next().ranks) == near
-    assert dict(study.next().ranks) != near
+class Warm(Problem):
+    """A problem whose baselines are mostly between the points of the space."""
+
+    UNEVEN = {
+        "uniform": {"a": 6, "b": 6, "c": 6},
+        "energy": {"a": 5, "b": 17, "c": 3},
+        "optimal": {"a": 9, "b": 9, "c": 5},
+        "optimal-expert": {"a": 9, "b": 3, "c": 9},
+        "optimal-layer": {"a": 3, "b": 9, "c": 3},
+    }
+
+    def mixture(self, baseline):
+        ranks = self.UNEVEN.get(baseline)
+        return self.identify(baseline, ranks, 9) if ranks else super().mixture(baseline)
+
+    def sum(self, table, ranks):
+        sizes = [0, *(2**k for k in range(table.shape[1] - 2)), self.full_rank]
+        numbers = [{DROP: 0, FULL: self.full_rank}.get(ranks[name], ranks[name]) for name in self.experts]
+        return sum(float(np.interp(number, sizes, row)) for number, row in zip(numbers, table, strict=True))
+
+
+def warm_problem(*more: str) -> Warm:
+    base = some_problem(experts=3, full_rank=32, share=0.5)
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    return Warm(**fields | {"baselines": ("full", "public", "uniform", "energy", "optimal", *more)})
+
+
+@pytest.mark.parametrize("own", [(), ("optimal-expert",), ("optimal-layer",)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_first_trials_are_the_points_nearest_to_the_baselines(sampler, own):
+    problem = warm_problem(*own)
+    study = run(study_of(problem, sampler=sampler, trials=6), problem)
+    wanted = {name: problem.space.nearest(problem.UNEVEN[name], 9) for name in (*own, "optimal", "uniform", "energy")}
+    assert len({tuple(point.items()) for point in wanted.values()}) == len(wanted)
+    warm = study.trials[: len(wanted)]
+    assert [(entry.warm, entry.point) for entry in warm] == list(wanted.items())
+    assert all(entry.fits and entry.name == f"trial-{i}" for i, entry in enumerate(warm))
+    assert len(study.trials) == 6
+    others = [entry for entry in study.entries if entry not in warm]
+    assert all(entry.warm is None and entry.point not in wanted.values() for entry in others)
+
+
+def test_a_baseline_in_the_space_is_no_trial_again():
+    problem = warm_problem("optimal-expert")
+    near = problem.space.assignment(problem.space.nearest(problem.UNEVEN["optimal-expert"], 9))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Warm.UNEVEN, "optimal-expert", near)
+        study = run(study_of(problem, trials=4), problem)
+    told = next(entry for entry in study.entries if entry.name == "optimal-expert")
+    assert problem.space.assignment(told.point)[0] == near
+    assert [told.value] in [trial.values for trial in study._study.trials]
+    assert [entry.warm for entry in study.trials] == ["optimal", "uniform", "energy", None]
+
+
+@pytest.mark.parametrize("writes", [7, 9, 11, 13, 16, 20, 27])
+def test_a_search_that_was_begun_without_a_baseline_goes_on_with_it(writes):
+    """As one of an earlier version: what it tried stays; the new baseline and its point come next."""
+    old, ledger = warm_problem(), MemoryLedger()
+    run(study_of(old, trials=10, ledger=ledger), old, varied, rungs=3)
+    ledger = MemoryLedger(ledger.writes[:writes])
+    ended = [entry for entry in ledger.read() if entry.state != "running"]
+    new = warm_problem("optimal-expert")
+    study = run(study_of(new, trials=10, ledger=ledger), new, varied, rungs=3)
+    after = {row["number"]: row for row in rows(study.entries)}
+    assert [after[entry.number] for entry in ended] == rows(ended)
+    assert [entry.name for entry in study.entries if entry.kind == "baseline"].count("optimal-expert") == 1
+    assert len(study.trials) == 10
+    assert [entry.warm for entry in study.trials].count("optimal-expert") == 1
+
+
+@given(own=st.sampled_from([(), ("optimal-expert",)]), cuts=st.lists(st.floats(0, 1), min_size=1, max_size=3))
+@settings(max_examples=10)
+def test_warm_starts_are_the_same_after_a_kill(own, cuts):
+    problem, ledger = warm_problem(*own), MemoryLedger()
+    expected = run(study_of(problem, trials=8, ledger=ledger), problem, varied, rungs=3)
+    for cut in cuts:
+        ledger = MemoryLedger(ledger.writes[: round(cut * len(ledger.writes))])
+        study = run(study_of(problem, trials=8, ledger=ledger), problem, varied, rungs=3)
+        assert rows(study.entries) == rows(ledger.read()) == rows(expected.entries)
 
 
 def test_a_baseline_in_the_space_teaches_the_sampler_and_one_over_budget_does_not():

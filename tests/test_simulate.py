@@ -18,18 +18,18 @@ import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexmore_ray import capacity, results
+from flexmore_ray import results
 from flexmore_ray.__main__ import main
-from flexmore_ray.calibrate import Calibration, Measured, Model, Size, Timing, calibrate, fit, held_out_errors
 from flexmore_ray.errors import UsageError
-from flexmore_ray.forecast import assumptions, duration, forecasts, grid_units, size_of, table
 from flexmore_ray.grid import Grid, Options, _Run
 from flexmore_ray.placement import Needs
 from flexmore_ray.plan import Plan
 from flexmore_ray.pool import Pool, Queue
 from flexmore_ray.results import commit_cell
 from flexmore_ray.scores import TaskScore
-from flexmore_ray.simulate import Simulated, Work, new_unit, simulate
+from flexmore_ray.simulate import Simulated, Work, capacity, new_unit, simulate
+from flexmore_ray.simulate.calibrate import Calibration, Measured, Model, Size, Timing, calibrate, fit, held_out_errors
+from flexmore_ray.simulate.forecast import assumptions, duration, forecasts, grid_units, size_of, table
 from search.ledger import Entry, Ledger
 from search.replay import Recorded, read_search, replay
 from tests.actors import Sleeper
@@ -97,10 +97,10 @@ def test_a_sharded_cell_is_committed_once_when_all_its_parts_are_done():
     assert simulate(units, 2, Timing(commit=1)).makespan == 10
 
 
-def test_one_driver_and_four_threads_bound_how_fast_cells_are_committed():
+def test_one_driver_and_sixteen_threads_bound_how_fast_cells_are_committed():
     units = grid_of([[0.001] * 40] * 50)
     slow_commits = simulate(units, 500, Timing(commit=1.0))
-    assert slow_commits.makespan == pytest.approx(2000 / 4, rel=0.01)
+    assert slow_commits.makespan == pytest.approx(2000 / 16, rel=0.01)
     assert slow_commits.limit == "commits"
     slow_driver = simulate(units, 500, Timing(driver=0.1))
     assert slow_driver.makespan == pytest.approx(2000 * 0.1, rel=0.01)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexmore_ray.checkpoint import TensorFolder, new_folder, write_tensors
+from flexmore_ray.checkpoint import TensorFolder
+from flexmore_ray.checkpoint.writing import new_folder, write_tensors
 from flexmore_ray.errors import CheckpointError, UsageError
 from flexmore_ray.source import flexolmo_plan, open_source
 from flexmore_ray.spec import MatrixKey

@@ -19,19 +19,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmore_ray import cache, lease, storage
+from flexmore_ray import storage
 from flexmore_ray.__main__ import main
 from flexmore_ray.atomic import alone, locked, write_file
 from flexmore_ray.build import StoreWriter, build_store
-from flexmore_ray.cache import local_file, local_folder
-from flexmore_ray.checkpoint import new_folder
+from flexmore_ray.checkpoint.writing import new_folder
 from flexmore_ray.errors import CheckpointError, FlexmoreError, UsageError
 from flexmore_ray.export import export_mixture
 from flexmore_ray.mixture import open_mixture
 from flexmore_ray.results import CellKey, commit_cell, done_cells, read_cells
 from flexmore_ray.source import open_source
 from flexmore_ray.spec import MixtureSpec
-from flexmore_ray.storage import RemotePath, StorageError, open_path
+from flexmore_ray.storage import RemotePath, StorageError, cache, lease, open_path
+from flexmore_ray.storage.cache import local_file, local_folder
 from flexmore_ray.store import open_store
 from tests.common import NAMES, random_model, write
 from tests.object_store import BUCKET, CREDENTIALS, Proxy, client, keys, use
@@ -249,6 +249,16 @@ def test_a_server_that_is_not_there_ends_in_one_line(monkeypatch: pytest.MonkeyP
         RemotePath("s3://bucket/x").exists()
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), StorageError)
     assert "canary" not in str(caught.value)
+
+
+def test_another_endpoint_is_asked_from_then_on(
+    proxy: Proxy, root: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "x").write_bytes(b"1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(storage, "_WAITS", (0.01,))
+    with pytest.raises(StorageError, match=r"no answer from http://127.0.0.1:9 "):
+        RemotePath(str(root / "x")).exists()
 
 
 # ------------------------------------------------------------------------------- the cache

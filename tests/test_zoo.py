@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, FlexOlmoForCausalLM
 
 from flexmore_ray.errors import UsageError
-from flexmore_ray.router import batch_texts, fit_rows, gather_moments, read_texts
+from flexmore_ray.router import fit_rows, gather_moments
+from flexmore_ray.texts import batch_texts, read_texts
 from flexmore_ray.zoo import domain_text, write_domain_text, write_pair, zoo_path
 from flexmore_ray.zoo.domains import EXPERTS, SPLITS, TOPICS, FactTopic, training_lines
 from flexmore_ray.zoo.measure import GROUPS, SUITE, read_rows, score_task, set_active

@@ -1,6 +1,6 @@
 """The report of a results folder: Markdown, one HTML page and PNG figures. Reads files, computes no score.
 
-    OUT/report.md  report.html  1-rank.png  1-heatmap.png  1-spectra.png  1-energy.png  1-size.png  2-...
+    OUT/report.md  report.html  1-rank.png  1-heatmap.png  1-spectra.png  1-energy.png  1-size.png  1-methods.png  2-...
 
 Each number before a figure's name is a section: results that may be compared with each other. Equal results give
 equal files, byte for byte.
@@ -35,6 +35,7 @@ from flexmore_ray.report.analysis import (
     resample,
 )
 from flexmore_ray.report.chapters import Chapters, count, gap_counts, some
+from flexmore_ray.report.curves import methods_compared, summarise_methods
 from flexmore_ray.report.page import Block, Heading, Image, Items, Table, Text, to_html, to_markdown
 from flexmore_ray.report.sections import Section, read_sections
 from flexmore_ray.spec import PROJECTIONS, MatrixKey
@@ -159,6 +160,7 @@ class _Part:
         chapters = Chapters(section, self.estimates)
         pairs = any(mixture.pair for mixture in section.mixtures)
         blocks += [*chapters.scope(), *chapters.findings()]
+        blocks += methods_compared(section, self.estimates, self._file("methods"))
         blocks += chapters.best_ranks() if pairs else []
         blocks += [*chapters.against_full(), *self._size_figure()]
         if pairs:
@@ -317,6 +319,7 @@ class _Part:
             for rows in Chapters(section, self._known).compared().values()
             for i, found in rows
         }
+        out["curves"] = summarise_methods(section, self._known)
         comparisons = [compare_kinds(section, self._known, scope) for scope in ("own", "pooled")]
         out["kinds"] = {
             found.scope: {kind: _number(2**fit.best.value) for kind, fit in found.kinds.items()}

@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,9 @@ LEVEL = 0.95
 """Share of the resampled values that an interval holds, the same share left out on either side."""
 MIN_RANKS = 4
 """Ranks that a quadratic is fitted to at the least; through three it would pass exactly."""
+
+SHARES = (0.9, 0.95, 1.0)
+"""Shares of the full mixture's gain over the public expert whose parameters a curve tells."""
 
 SUFFICIENT = 0.95
 """Share of the gain over the lowest rank that makes a rank sufficient."""
@@ -386,12 +389,17 @@ def sufficient_rank(curve: Curve) -> tuple[float, Array]:
 def _reached(x: Array, values: Array) -> Array:
     """Where rows of values (B, R) over x (R,) first reach `SUFFICIENT` of their gain (B,)."""
     first = values[:, 0]
-    target = first + SUFFICIENT * (values.max(1) - first)
-    i = np.argmax(values >= target[:, None] - _ROUNDING, axis=1)
+    return first_place(x, values, first + SUFFICIENT * (values.max(1) - first))
+
+
+def first_place(x: Array, values: Array, target: Array) -> Array:
+    """Where rows of values (B, R) over ascending x (R,) first reach targets (B,), linear between; inf: nowhere."""
+    enough = values >= target[:, None] - _ROUNDING
+    i = np.argmax(enough, axis=1)
     before = np.maximum(i - 1, 0)
     low, high = (np.take_along_axis(values, at[:, None], 1)[:, 0] for at in (before, i))
     share = np.divide(target - low, high - low, out=np.ones_like(low), where=high - low > _ROUNDING)
-    return x[before] + np.clip(share, 0, 1) * (x[i] - x[before])
+    return np.where(enough.any(1), x[before] + np.clip(share, 0, 1) * (x[i] - x[before]), math.inf)
 
 
 # --- kinds ------------------------------------------------------------------------------------------------
@@ -496,3 +504,101 @@ def pareto_front(parameters: Array, scores: Array) -> Array:
         if first or twin:
             front[i], best = True, scores[i]
     return front
+
+
+# --- methods ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of choosing ranks, as a curve of score against parameters."""
+
+    name: str
+    active: int
+    columns: tuple[int, ...]
+    """Its mixtures that were scored, by parameters."""
+    budgets: tuple[tuple[str, ...], ...]
+    """Their budgets, as the plan says them; several where these make the same mixture."""
+    full: int | None
+    """Column of the full mixture at as many active experts; None if it was not scored."""
+    needed: Mapping[float, Interval]
+    """Share of the gain -> parameters at which the curve first reaches it, inf where it does not; see `needed`. Empty
+    where the full mixture or the public expert alone was not scored, or the full one gains nothing."""
+    against_baseline: Interval
+    """Parameters needed for `SUFFICIENT` of the gain over those of the first curve; NaN where one does not reach it."""
+
+    def points(self) -> Iterator[tuple[str, int]]:
+        """Every budget with the column of its mixture."""
+        for budgets, column in zip(self.budgets, self.columns, strict=True):
+            yield from ((budget, column) for budget in budgets)
+
+
+def compare_methods(section: Section, estimates: Estimates) -> list[Method]:
+    """All curves of a section that have results, the baseline first."""
+    average, public = estimates.average, section.public()
+    methods: list[Method] = []
+    first: tuple[float, Array] | None = None
+    for name in section.curves:
+        points = [i for i, m in enumerate(section.mixtures) if name in m.curves and not math.isnan(average.value[i])]
+        points.sort(key=lambda i: section.mixtures[i].parameters)
+        if not points:
+            continue
+        active = section.mixtures[points[0]].active
+        full = section.full(active)
+        found: dict[float, tuple[float, Array]] = {}
+        if full is not None and public is not None and average.value[full] > average.value[public]:
+            parameters = np.array([section.mixtures[i].parameters for i in points], dtype=np.float64)
+            ends = average[[public, full]]
+            found = {share: needed(parameters, average[points], ends, share) for share in SHARES}
+        own = found.get(SUFFICIENT)
+        first = first if methods else own
+        methods.append(
+            Method(
+                name=name,
+                active=active,
+                columns=tuple(points),
+                budgets=tuple(section.mixtures[i].curves[name] for i in points),
+                full=full,
+                needed={share: _places(*places) for share, places in found.items()},
+                against_baseline=Interval(*[math.nan] * 3) if own is None or first is None else _ratio(own, first),
+            )
+        )
+    return methods
+
+
+def needed(parameters: Array, curve: Measure, ends: Measure, share: float) -> tuple[float, Array]:
+    """Parameters at which a curve first reaches a share of the full mixture's gain over the public expert alone.
+
+    Linear in log parameters between the curve's points. A curve that has reached it at its smallest point needs at
+    most as many as that one; one that never does, inf.
+
+    Args:
+        parameters: (R,), ascending.
+        curve: scores of R mixtures.
+        ends: scores of the public expert alone and of the full mixture.
+        share: of the gain, in [0, 1].
+
+    Returns:
+        On all documents, and in every resample (B,).
+    """
+    x = np.log(parameters)
+
+    def places(values: Array, public: Array, full: Array) -> Array:
+        return np.exp(first_place(x, values, public + share * (full - public)))
+
+    value = places(curve.value[None], ends.value[:1], ends.value[1:])
+    return float(value[0]), places(curve.draws.astype(np.float64), *ends.draws.astype(np.float64).T)
+
+
+def _places(value: float, draws: Array) -> Interval:
+    """As `interval`, of values that may be inf."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    return Interval(value, float(low), float(high))
+
+
+def _ratio(own: tuple[float, Array], first: tuple[float, Array]) -> Interval:
+    if math.isinf(own[0]) or math.isinf(first[0]):
+        return Interval(*[math.nan] * 3)
+    neither = np.isinf(own[1]) & np.isinf(first[1])  # no resample can tell them apart there
+    ratio = np.divide(own[1], first[1], out=np.ones_like(own[1]), where=~neither)
+    return _places(own[0] / first[0], ratio)

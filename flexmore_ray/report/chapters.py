@@ -33,11 +33,12 @@ _NO = "-"
 # --- words and numbers ------------------------------------------------------------------------------------
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A score in percent."""
     return _NO if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _points(value: float) -> str:
+def points(value: float) -> str:
     """A difference of scores in points; a rounded zero has no sign."""
     if math.isnan(value):
         return _NO
@@ -45,13 +46,15 @@ def _points(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
 
 
-def _range(found: Interval) -> str:
+def span_of(found: Interval) -> str:
+    """A difference of scores and its interval, in points."""
     if math.isnan(found.value):
         return _NO
-    return f"{_points(found.value)} ({_points(found.low)} to {_points(found.high)})"
+    return f"{points(found.value)} ({points(found.low)} to {points(found.high)})"
 
 
-def _size(number: int) -> str:
+def size(number: int) -> str:
+    """A number of parameters."""
     for unit, letter in ((1e9, "B"), (1e6, "M")):
         if number >= unit:
             return f"{number / unit:.2f}{letter}"
@@ -157,7 +160,7 @@ class Chapters:
             assert full is not None
             verdicts = [found.verdict for _, found in rows]
             items.append(
-                f"{active} active: the full mixture scores {_percent(self.estimates.average.value[full])}. Of "
+                f"{active} active: the full mixture scores {percent(self.estimates.average.value[full])}. Of "
                 f"{count(len(rows), 'other mixture')}, {verdicts.count('better')} better, "
                 f"{verdicts.count('equal within noise')} equal within noise and {verdicts.count('worse')} worse."
             )
@@ -173,8 +176,8 @@ class Chapters:
             if smallest:
                 mixture, found = smallest
                 items[-1] += (
-                    f" The smallest one that is not worse is {mixture.name}: {_ratio(mixture)} of the parameters, "
-                    f"{_range(found)} points."
+                    f" The smallest one that is not worse is {mixture.name}: {ratio(mixture)} of the parameters, "
+                    f"{span_of(found)} points."
                 )
         kinds = (compare_kinds(self.section, self.estimates, scope) for scope in ("own", "pooled"))
         items += [self._verdict(found) for found in kinds if found][:1]
@@ -286,11 +289,11 @@ class Chapters:
             rows.append(
                 [
                     mixture.name,
-                    _size(mixture.parameters),
-                    _ratio(mixture),
+                    size(mixture.parameters),
+                    ratio(mixture),
                     *(_group_cell(measure, i, None if i == full else full) for measure in estimates.groups.values()),
-                    _percent(estimates.average.value[i]),
-                    _NO if nothing else _range(found),
+                    percent(estimates.average.value[i]),
+                    _NO if nothing else span_of(found),
                     "baseline" if i == full else _NO if nothing else found.verdict,
                 ]
             )
@@ -433,7 +436,8 @@ class Chapters:
         return " ".join(parts)
 
 
-def _ratio(mixture: Mixture) -> str:
+def ratio(mixture: Mixture) -> str:
+    """Parameters over those of the full mixture."""
     return f"{mixture.parameters / mixture.full_parameters:.3f}" if mixture.full_parameters else _NO
 
 
@@ -441,17 +445,17 @@ def _best_cell(best: BestRank | None, own: bool) -> str:
     if best is None:
         return _NO
     sign = "*" if best.gain.verdict in ("better", "worse") else ""
-    gain = "" if math.isnan(best.full) or best.rank == "full" else f" ({_points(best.gain.value)}{sign})"
+    gain = "" if math.isnan(best.full) or best.rank == "full" else f" ({points(best.gain.value)}{sign})"
     return f"{best.rank}{gain}{' †' if own else ''}"
 
 
 def _score_cells(best: BestRank) -> list[str]:
-    gain = _NO if best.rank == "full" else _range(best.gain)
-    return [_percent(best.score), _percent(best.full), gain, _points(best.optimism)]
+    gain = _NO if best.rank == "full" else span_of(best.gain)
+    return [percent(best.score), percent(best.full), gain, points(best.optimism)]
 
 
 def _group_cell(measure: Measure, column: int, full: int | None) -> str:
-    text = _percent(measure.value[column])
+    text = percent(measure.value[column])
     if full is None or text == _NO:
         return text
     return text + {"better": " ↑", "worse": " ↓"}.get(measure.difference(column, full).verdict, "")

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from flexmore_ray.report.analysis import LEVEL, Array, Curve, pareto_front
+from flexmore_ray.report.analysis import LEVEL, Array, Curve, Measure, Method, pareto_front
 from flexmore_ray.report.sections import Mixture, Rank
 from flexmore_ray.spec import FULL, PROJECTIONS
 
@@ -264,7 +264,7 @@ def score_by_size(mixtures: Sequence[Mixture], scores: Array, baselines: Sequenc
         path: PNG to write.
     """
     parameters = np.array([mixture.parameters for mixture in mixtures], dtype=np.float64)
-    unit, letter = (1e9, "billions") if np.median(parameters) > 3e8 else (1e6, "millions")
+    unit, word = _unit(parameters)
     size, score = parameters / unit, 100 * np.asarray(scores)
     actives = sorted({mixture.active for mixture in mixtures})
     looks = [_look(mixture, actives) for mixture in mixtures]
@@ -280,16 +280,68 @@ def score_by_size(mixtures: Sequence[Mixture], scores: Array, baselines: Sequenc
         front = front[np.argsort(size[front])]
         ax.step(size[front], score[front], where="post", color="black", linewidth=1.0, zorder=1, label="Pareto front")
         ax.scatter(size[front], score[front], s=52, facecolors="none", edgecolors="black", linewidths=0.9, zorder=3)
-        ax.set_xlabel(f"total parameters ({letter})")
+        ax.set_xlabel(f"total parameters ({word})")
         ax.set_ylabel("average of group means (%)")
         shown = size[~np.isnan(score)]
         if shown.max() > 3 * shown.min():
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-            ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            ax.xaxis.set_minor_locator(NullLocator())
+            _log_size(ax)
         _name_points(ax, size, score, [(i, mixtures[i].name) for i in baselines if not math.isnan(score[i])])
         figure.legend(loc="outside upper center", ncols=4, frameon=False, handletextpad=0.4, columnspacing=1.2)
+        save(figure, path)
+
+
+def _unit(parameters: Array) -> tuple[float, str]:
+    return (1e9, "billions") if np.median(parameters) > 3e8 else (1e6, "millions")
+
+
+def _log_size(ax: Axes) -> None:
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def score_by_method(
+    mixtures: Sequence[Mixture], average: Measure, methods: Sequence[Method], public: int | None, path: Path
+) -> None:
+    """Average of group means against total parameters, a line per method with its bootstrap band.
+
+    The band is that of the difference to the full mixture, around the full mixture's score; without one, of the score.
+
+    Args:
+        mixtures: M mixtures.
+        average: their scores.
+        methods: at least one.
+        public: column of the public expert alone; None where it was not scored.
+        path: PNG to write.
+    """
+    parameters = np.array([mixture.parameters for mixture in mixtures], dtype=np.float64)
+    unit, word = _unit(parameters[[i for method in methods for i in method.columns]])
+    fulls = {method.full: f"full, a{method.active}" for method in methods if method.full is not None}
+    lines = fulls | ({} if public is None else {public: "public alone"})
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(WIDTH, 3.6))
+        for number, method in enumerate(methods):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            x, points = parameters[list(method.columns)] / unit, average[method.columns]
+            draws = points.draws
+            if method.full is not None and not math.isnan(average.value[method.full]):
+                draws = draws - average.draws[:, [method.full]] + average.value[method.full]
+            low, high = 100 * np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+            ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+            for edge in (low, high):
+                ax.plot(x, edge, color=colour, linewidth=0.6, alpha=0.7)
+            label = short(method.name, 40)
+            ax.plot(x, 100 * points.value, color=colour, marker=marker, markersize=4, linewidth=1.5, label=label)
+        for column, name in lines.items():
+            if not math.isnan(average.value[column]):
+                level = 100 * float(average.value[column])
+                ax.axhline(level, color="#555555", linewidth=0.9, linestyle="--", zorder=1)
+                ax.annotate(name, (1.01, level), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        _log_size(ax)
+        ax.set_xlabel(f"total parameters ({word})")
+        ax.set_ylabel("average of group means (%)")
+        figure.legend(loc="outside upper center", ncols=2 if len(methods) < 5 else 3, frameon=False, columnspacing=1.2)
         save(figure, path)
 
 

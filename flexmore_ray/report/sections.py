@@ -63,6 +63,11 @@ class Mixture:
     parameters: int
     full_parameters: int | None = None
     """Of the same source with all experts full; None: not known."""
+    factors: str | None = None
+    """What decides it besides weights and ranks: "WEIGHTING:HASH" of its factors, "router:HASH" of its router rows, or
+    both with a "+" between them; empty for plain factors, or none, and the experts' own rows, None where not known."""
+    curves: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Curve -> its budgets there, of the curves that it is a point of."""
 
     @property
     def name(self) -> str:
@@ -143,6 +148,12 @@ class Plan:
     """Mixtures whose ranks depend on results that are not there yet."""
     editions: Mapping[str, str]
     """Task -> content hash; empty where the plan does not say, and any is taken."""
+    digests: Mapping[str, str]
+    """Expert -> hash of its weights; empty where the plan does not say."""
+    factors: str | None
+    """As `Mixture.factors`, of its mixtures that use factors."""
+    curves: tuple[str, ...]
+    """Names of its curves, in its order."""
 
     def takes(self, cell: Cell) -> bool:
         """Whether a cell may be compared with this plan's mixtures.
@@ -177,6 +188,8 @@ class Section:
     """Folder of the factors; None: not known."""
     groups: tuple[Group, ...]
     mixtures: tuple[Mixture, ...]
+    curves: tuple[str, ...]
+    """Names of the curves of score against parameters, the baseline first."""
     cells: Mapping[tuple[str, str], Cell]
     """(mixture_id, task) -> cell that is done."""
     failed: tuple[Cell, ...]
@@ -202,6 +215,10 @@ class Section:
         found = (i for i, m in enumerate(self.mixtures) if m.is_full and m.active == active)
         return next(found, None)
 
+    def public(self) -> int | None:
+        """Column of the public expert alone; None if it was not scored."""
+        return next((i for i, m in enumerate(self.mixtures) if m.family == "public only"), None)
+
 
 def read_sections(results: str | AnyPath) -> list[Section]:
     """Everything in a results folder, in sections that may each be compared within themselves.
@@ -218,7 +235,7 @@ def read_sections(results: str | AnyPath) -> list[Section]:
     rows = [row for row in read_cells(root).to_pylist() if "selection" not in json.loads(row["versions"])["identity"]]
     if not rows:
         raise UsageError(f"{root} holds no results: no score in {root / 'cells'}; run flexmore grid or flexmore eval")
-    plans = [_read_plan(path) for path in matching(root / "plans", "*.json")]
+    plans = _order(_read_plan(path) for path in matching(root / "plans", "*.json"))
     homes = {mixture.mixture_id: plan for plan in reversed(plans) for mixture in plan.mixtures}
     cells = [_read_cell(row, homes.get(row["mixture_id"])) for row in rows]
     sections: list[Section] = []
@@ -279,9 +296,12 @@ def _read_plan(path: AnyPath) -> Plan:
             full_ranks=data.get("full_ranks", {}),
             store=data.get("store"),
             groups=tuple(Group(**group | {"tasks": tuple(group["tasks"])}) for group in data["groups"]),
-            mixtures=_join_names(_plan_mixture(entry, data) for entry in resolved),
+            mixtures=_join(_plan_mixture(entry, data) for entry in resolved),
             unresolved=tuple(entry["name"] for entry in data["mixtures"] if not entry.get("mixture_id")),
             editions={name: task["hash"] for name, task in data.get("tasks", {}).items()},
+            digests=data.get("digests", {}),
+            factors=data.get("factors"),
+            curves=tuple(dict.fromkeys(entry["curve"] for entry in resolved if "curve" in entry)),
         )
     except StorageError:
         raise
@@ -291,14 +311,63 @@ def _read_plan(path: AnyPath) -> Plan:
 
 
 def _plan_mixture(entry: Mapping[str, Any], data: Mapping[str, Any]) -> Mixture:
+    ranks = _canonical(entry["ranks"], data["experts"][1:], data["full_rank"])
+    curves = {entry["curve"]: (entry["budget"],)} if "curve" in entry else {}
+    ends_curves = curves and set(ranks.values()) <= {FULL}  # it is the end of every curve: one name is enough
     return Mixture(
-        names=(entry["name"],),
+        names=(f"full-a{entry['active']}" if ends_curves else entry["name"],),
         mixture_id=entry["mixture_id"],
-        ranks=_canonical(entry["ranks"], data["experts"][1:], data["full_rank"]),
+        ranks=ranks,
         active=entry["active"],
         parameters=entry["parameters"],
         full_parameters=entry.get("full_parameters"),
+        factors=data.get("factors") if _uses_factors(ranks) else _router(data.get("factors")),
+        curves=curves,
     )
+
+
+def _uses_factors(ranks: Mapping[str, Rank]) -> bool:
+    return not set(ranks.values()) <= {FULL, DROP}
+
+
+def _router(factors: str | None) -> str:
+    """The part of `Mixture.factors` that is of the router rows."""
+    return next((part for part in (factors or "").split("+") if part.startswith("router:")), "")
+
+
+def _order(plans: Iterable[Plan]) -> list[Plan]:
+    """Plans of plain factors first, then by name; curves of one name that are not the same told apart.
+
+    What a plan of an older version does not say of a mixture's factors, another plan with the mixture may.
+    """
+    plans = sorted(plans, key=lambda plan: (plan.factors or "", plan.names))
+    factors = {m.mixture_id: m.factors for plan in plans for m in plan.mixtures if m.factors is not None}
+    kinds: dict[str, set[tuple[str | None, int]]] = {}
+    for plan in plans:
+        for mixture in plan.mixtures:
+            for curve in mixture.curves:
+                kinds.setdefault(curve, set()).add((plan.factors, mixture.active))
+
+    words = _factor_words(plan.factors for plan in plans)
+
+    def label(curve: str, plan: Plan, active: int) -> str:
+        stores, actives = (len(set(values)) for values in zip(*kinds[curve], strict=True))
+        apart = [words[plan.factors]] * (stores > 1) + [f"a{active}"] * (actives > 1)
+        return f"{curve} ({', '.join(apart)})" if apart else curve
+
+    out = []
+    for plan in plans:
+        mixtures = tuple(
+            dataclasses.replace(
+                m,
+                factors=factors.get(m.mixture_id),
+                curves={label(curve, plan, m.active): budget for curve, budget in m.curves.items()},
+            )
+            for m in plan.mixtures
+        )
+        labels = (label(curve, plan, m.active) for curve in plan.curves for m in plan.mixtures if curve in m.curves)
+        out.append(dataclasses.replace(plan, mixtures=mixtures, curves=tuple(dict.fromkeys(labels))))
+    return out
 
 
 def _canonical(ranks: Mapping[str, Any], experts: Iterable[str], full_rank: int | None) -> dict[str, Rank]:
@@ -319,18 +388,33 @@ def _canonical(ranks: Mapping[str, Any], experts: Iterable[str], full_rank: int 
     return out
 
 
-def _join_names(mixtures: Iterable[Mixture]) -> tuple[Mixture, ...]:
-    """Each mixture once, with all names it has."""
+def _factor_words(factors: Iterable[str | None]) -> dict[str | None, str]:
+    """What to call factors: plain, or their weighting and router, or all of it where several have these."""
+    known = set(factors)
+    short = {text: re.sub(r":\w+", "", text) for text in known if text}
+    times = Counter(short.values())
+    return {text: (short[text] if times[short[text]] == 1 else text) if text else "plain" for text in known}
+
+
+def _join(mixtures: Iterable[Mixture]) -> tuple[Mixture, ...]:
+    """Each mixture once, with all names it has and all curves it is on."""
     found: dict[str, Mixture] = {}
     for mixture in mixtures:
         known = found.setdefault(mixture.mixture_id, mixture)
         names = tuple(dict.fromkeys(known.names + mixture.names))
-        found[mixture.mixture_id] = dataclasses.replace(known, names=names)
+        curves = {
+            name: tuple(dict.fromkeys(known.curves.get(name, ()) + mixture.curves.get(name, ())))
+            for name in {**known.curves, **mixture.curves}
+        }
+        found[mixture.mixture_id] = dataclasses.replace(known, names=names, curves=curves)
     return tuple(found.values())
 
 
 def _merge_plans(plans: Iterable[Plan]) -> list[Plan]:
-    """Plans of the same tasks, experts and setting as one, unless their mixtures contradict each other."""
+    """Plans of the same tasks, experts and setting as one, unless their mixtures contradict each other.
+
+    Two-expert mixtures of other factors or router rows stay apart: each have best ranks of their own.
+    """
     merged: list[Plan] = []
     for plan in plans:
         for i, other in enumerate(merged):
@@ -338,8 +422,11 @@ def _merge_plans(plans: Iterable[Plan]) -> list[Plan]:
                 getattr(plan, name) == getattr(other, name)
                 for name in ("setting", "experts", "full_rank", "full_ranks", "groups", "editions")
             )
-            mixtures = _join_names(other.mixtures + plan.mixtures)
-            if same and len({_assignment(mixture) for mixture in mixtures}) == len(mixtures):
+            same = same and all(plan.digests.get(name, hash_) == hash_ for name, hash_ in other.digests.items())
+            mixtures = _join(other.mixtures + plan.mixtures)
+            pairs = {mixture.factors for mixture in mixtures if mixture.pair and _uses_factors(mixture.ranks)}
+            routers = {_router(mixture.factors) for mixture in mixtures if mixture.pair}
+            if same and len(pairs) < 2 and len(routers) < 2 and _contradiction(mixtures) is None:
                 resolved = {name for mixture in mixtures for name in mixture.names}
                 merged[i] = dataclasses.replace(
                     other,
@@ -347,6 +434,8 @@ def _merge_plans(plans: Iterable[Plan]) -> list[Plan]:
                     mixtures=mixtures,
                     unresolved=tuple(n for n in dict.fromkeys(other.unresolved + plan.unresolved) if n not in resolved),
                     store=other.store or plan.store,
+                    digests={**plan.digests, **other.digests},
+                    curves=tuple(dict.fromkeys(other.curves + plan.curves)),
                 )
                 break
         else:
@@ -355,9 +444,21 @@ def _merge_plans(plans: Iterable[Plan]) -> list[Plan]:
 
 
 def _assignment(mixture: Mixture) -> str:
-    """What decides a mixture but for its weights; ranks that differ by matrix are not told apart by it."""
+    """What decides a mixture but for its weights and factors; ranks that differ by matrix are not told apart by it."""
     simple = all(isinstance(rank, int) or rank in (FULL, DROP) for rank in mixture.ranks.values())
     return json.dumps([mixture.ranks, mixture.active], sort_keys=True) if simple else mixture.mixture_id
+
+
+def _contradiction(mixtures: Iterable[Mixture]) -> tuple[Mixture, Mixture] | None:
+    """Two mixtures of the same ranks whose factors, as far as they are known, are the same too; None if none are."""
+    by_ranks: dict[str, list[Mixture]] = {}
+    for mixture in mixtures:
+        others = by_ranks.setdefault(_assignment(mixture), [])
+        for other in others:
+            if other.factors is None or mixture.factors in (None, other.factors):
+                return other, mixture
+        others.append(mixture)
+    return None
 
 
 def _comparable(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
@@ -387,6 +488,9 @@ def _unplanned(cells: Sequence[Cell]) -> Plan:
         mixtures=(),
         unresolved=(),
         editions={},
+        digests={},
+        factors=None,
+        curves=(),
     )
 
 
@@ -403,8 +507,9 @@ def _section(plan: Plan, cells: Sequence[Cell]) -> Section:
     attempted = set(by_key) | {(cell.mixture_id, cell.task) for cell in failed}
     kept = tuple(group for group in groups if group.tasks)
     tasks = [task for group in kept for task in group.tasks]
-    missing = {m.name: tuple(t for t in tasks if (m.mixture_id, t) not in attempted) for m in plan.mixtures}
-    mixtures = plan.mixtures + _others(plan, cells)
+    mixtures = _name_apart(plan.mixtures + _others(plan, cells))
+    planned = mixtures[: len(plan.mixtures)]
+    missing = {m.name: tuple(t for t in tasks if (m.mixture_id, t) not in attempted) for m in planned}
     _check_identities(mixtures, plan.setting)
     return Section(
         setting=plan.setting,
@@ -415,6 +520,7 @@ def _section(plan: Plan, cells: Sequence[Cell]) -> Section:
         store=plan.store,
         groups=kept,
         mixtures=_with_full_parameters(mixtures),
+        curves=plan.curves,
         cells=by_key,
         failed=tuple(sorted(failed, key=lambda cell: (cell.task, cell.mixture_id))),
         missing={name: found for name, found in missing.items() if found},
@@ -441,16 +547,14 @@ def _check_editions(cells: Sequence[Cell]) -> None:
 
 
 def _check_identities(mixtures: Sequence[Mixture], setting: Setting) -> None:
-    """Equal ranks under two identities mean that an expert's weights are not the same."""
-    by_assignment: dict[str, Mixture] = {}
-    for mixture in mixtures:
-        other = by_assignment.setdefault(_assignment(mixture), mixture)
-        if other is not mixture:
-            raise FlexmoreError(
-                f"mixtures {other.mixture_id} and {mixture.mixture_id} of {', '.join(setting.sources) or 'one source'} "
-                f"have the same ranks ({mixture.name}) but other weights or another store, which cannot be compared; "
-                "move the cells of one of them to another folder"
-            )
+    """Equal ranks and factors under two identities mean that an expert's weights are not the same."""
+    if found := _contradiction(mixtures):
+        one, other = found
+        raise FlexmoreError(
+            f"mixtures {one.mixture_id} and {other.mixture_id} of {', '.join(setting.sources) or 'one source'} "
+            f"have the same ranks ({other.name}) but other weights, store or router, which cannot be compared; "
+            "move the cells of one of them to another folder"
+        )
 
 
 def _others(plan: Plan, cells: Sequence[Cell]) -> tuple[Mixture, ...]:
@@ -466,8 +570,20 @@ def _others(plan: Plan, cells: Sequence[Cell]) -> tuple[Mixture, ...]:
                 ranks=ranks,
                 active=cell.active,
                 parameters=cell.parameters,
+                factors=None if _uses_factors(ranks) else "",
             )
     return tuple(sorted(found.values(), key=lambda m: (m.active, m.parameters, m.name, m.mixture_id)))
+
+
+def _name_apart(mixtures: tuple[Mixture, ...]) -> tuple[Mixture, ...]:
+    """Mixtures of other than plain factors with these behind a name that several have."""
+    times = Counter(name for mixture in mixtures for name in mixture.names)
+    words = _factor_words(mixture.factors for mixture in mixtures)
+
+    def named(name: str, factors: str | None) -> str:
+        return f"{name} ({words[factors]})" if factors and times[name] > 1 else name
+
+    return tuple(dataclasses.replace(m, names=tuple(named(name, m.factors) for name in m.names)) for m in mixtures)
 
 
 def _name(ranks: Mapping[str, Rank], active: int, mixture_id: str) -> str:

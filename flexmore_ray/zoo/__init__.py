@@ -38,7 +38,20 @@ def domain_text(expert: str, count: int = 2000, seed: int = 0) -> list[str]:
 
 
 def write_domain_text(expert: str, path: str | Path, count: int = 2000, seed: int = 0) -> None:
-    r"""Write `domain_text` as a file for ``flexmore merge --data``: one document a line, line breaks as ``\n``."""
+    r"""Write a domain's first training documents as a file for ``--data``.
+
+    A file whose name ends with ``.jsonl`` has a question and its answer a line, as ``prompt`` and ``completion``; any
+    other one is `domain_text`, a document a line, with line breaks as ``\n``.
+    """
+    if Path(path).suffix == ".jsonl":
+        _check_expert(expert, EXPERTS)
+        pairs = [
+            {"prompt": line.context, "completion": document_text([line])[len(line.context) :]}
+            for document in islice(training_documents(expert, seed), count)
+            for line in document
+        ]
+        Path(path).write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+        return
     escaped = (text.replace("\\", "\\\\").replace("\n", "\\n") for text in domain_text(expert, count, seed))
     Path(path).write_text("".join(line + "\n" for line in escaped), encoding="utf-8")
 

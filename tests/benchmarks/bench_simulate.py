@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from flexmore_ray.build import build_store
-from flexmore_ray.calibrate import calibrate, read_measured
-from flexmore_ray.forecast import grid_units
 from flexmore_ray.grid import Grid, Options, run_grid
 from flexmore_ray.plan import Plan
 from flexmore_ray.results import read_cells
 from flexmore_ray.simulate import simulate
+from flexmore_ray.simulate.calibrate import calibrate, read_measured
+from flexmore_ray.simulate.forecast import grid_units
 from flexmore_ray.source import open_source
 from tests.benchmarks.bench_grid import SOURCE, own_home
 

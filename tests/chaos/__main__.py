@@ -45,7 +45,7 @@ def main() -> int:
 
     base = Path(tempfile.mkdtemp(prefix="chaos-"))
     outcomes: list[Outcome] = []
-    for scenario in scenarios(base):
+    for scenario in scenarios():
         for stage in scenario.stages:
             if not any(name in scenario.fault for name in args.only or [""]) or stage not in (args.stage or [stage]):
                 continue

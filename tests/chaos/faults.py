@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,8 @@ MOMENT_SECONDS = 90.0
 """Longest wait for the next commit before a fault comes anyway."""
 RECLAIM_SECONDS = 45.0
 """A cloud takes a spot machine away so long after its notice, whatever still runs on it."""
-PARTITION_SECONDS = 75.0
-"""Longer than Ray takes to call a silent node dead."""
+PARTITION_SECONDS = 150.0
+"""Longer than Ray takes to give a silent node up."""
 BLIP_SECONDS = 8.0
 """Shorter than that."""
 
@@ -116,25 +117,37 @@ def reclaim(trial: Trial) -> None:
 
 
 def partition(trial: Trial) -> None:
-    """A worker host is cut off for longer than Ray waits, and comes back with all that runs on it."""
+    """A worker host is cut off until Ray gives it up, and comes back with all that runs on it."""
+    trial.hosts.await_nodes(len(trial.hosts.all))  # one that still starts is cut off from nothing
     host = trial.chance.choice(trial.hosts.workers)
     host.cut()
-    trial.await_that(lambda: False, PARTITION_SECONDS)
-    running = len(host.processes())
+    cut = time.monotonic()
+    given_up = trial.await_that(lambda: _given_up(trial.hosts, host), PARTITION_SECONDS)
+    lasted, running = time.monotonic() - cut, len(host.processes())
     host.join()
     joined = time.monotonic()
-    while any(True for _ in host.processes()) and time.monotonic() - joined < 60:
+    while given_up and host.processes() and time.monotonic() - joined < 60:
         time.sleep(0.3)
         trial.look()
-    left = len(host.processes())
-    trial.say(f"{running} processes when the network came back, {left} left {time.monotonic() - joined:.1f} s later")
+    left = len(host.processes()) if given_up else 0
+    trial.say(
+        f"{'given up' if given_up else 'the run ended'} after {lasted:.0f} s; {running} processes when the network "
+        f"came back, {left} left {time.monotonic() - joined:.1f} s later"
+    )
     trial.outcome.orphans += left
     trial.hosts.drop(host)
     trial.hosts.grow(wait=False)
 
 
+def _given_up(hosts: Hosts, host: Host) -> bool:
+    time.sleep(1)
+    states = hosts.states()
+    return bool(states) and host.address not in states
+
+
 def blip(trial: Trial) -> None:
     """A worker host is cut off for some seconds."""
+    trial.hosts.await_nodes(len(trial.hosts.all))  # one that still starts is cut off from nothing
     host = trial.chance.choice(trial.hosts.workers)
     host.cut()
     trial.await_that(lambda: False, BLIP_SECONDS)
@@ -190,23 +203,23 @@ class Scenario:
     """Environment of hosts that come later."""
 
 
-def scenarios(scratch: Path) -> Iterator[Scenario]:
+def scenarios() -> Iterator[Scenario]:
     """All faults of the cluster."""
     every = ("decompose", "grid", "search")
     served = (*every, "serve")
     yield Scenario(fault="worker node killed, another added", do=kill, stages=served)
     yield Scenario(fault="spot reclaim: SIGTERM and grace", do=reclaim, stages=served)
-    yield Scenario(fault="partition of 75 s", do=partition, stages=served)
+    yield Scenario(fault="partition until the node is given up", do=partition, stages=served)
     yield Scenario(fault="partition of 8 s", do=blip, stages=every)
     yield Scenario(fault="driver killed", do=driver, stages=every)
     yield Scenario(fault="slow store, worker node killed", do=kill, stages=("grid",), variables=SLOW)
     yield Scenario(fault="clocks 2 hours apart, worker node killed", do=kill, stages=every, skewed=skewed("+2h"))
-    yield Scenario(fault="full disk", do=fill, stages=every, disk=24)
-    rocksdb = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(scratch / "gcs")}
-    yield Scenario(fault="head restarted", do=head, stages=served, driver_on_worker=True, variables=rocksdb)
+    yield Scenario(fault="full disk", do=fill, stages=every, disk=40)
+    yield Scenario(fault="head restarted", do=head, stages=served, driver_on_worker=True, variables=ROCKSDB)
 
 
 SLOW = {"CHAOS_WRITE_SECONDS": "1"}
+ROCKSDB = {"RAY_gcs_storage": "rocksdb"}
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
@@ -272,6 +285,7 @@ def attempt(scenario: Scenario, outcome: Outcome, times: int, seed: int, scratch
             trial = Trial(stage=stage, hosts=hosts, chance=chance, outcome=outcome, driver=driver)
             _run(trial, scenario, times)
             _judge(trial, expected)
+            shutil.rmtree(stage.out)
     finally:
         left = undrawn(hosts)
     outcome.orphans += len(left)

@@ -159,7 +159,9 @@ class Host:
     def remove(self) -> None:
         """Kill what is left and take the host away."""
         self.crash()
-        _sh(f"ip netns del {self.name}")
+        _sh(
+            f"ip link del link{self.number}", f"ip netns del {self.name}"
+        )  # the kernel would take its time with the link
 
 
 def alive(process: psutil.Process) -> bool:
@@ -194,7 +196,8 @@ class Hosts:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "FLEXMORE_CACHE": str(scratch / "cache"),
-            "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent / 'slow'}",
+            "PYTHONPATH": f"{Path(__file__).parents[2]}:{Path(__file__).parent / 'onpath'}",
+            "RAY_gcs_storage_path": str(scratch / "gcs"),  # of a head that keeps its state in RocksDB
             **variables,
         }
         self.variables: dict[str, str] = {}

@@ -15,8 +15,8 @@ from typing import Any
 
 from flexmore_ray.spec import MixtureSpec
 from tests.chaos.faults import WORKERS, Outcome, Scenario, Trial, undrawn
-from tests.chaos.hosts import Hosts
-from tests.chaos.stages import Stage
+from tests.chaos.hosts import Host, Hosts
+from tests.chaos.stages import Stage, title
 
 KEY = "chaos-key-of-a-test"
 PORT = 26001
@@ -31,7 +31,7 @@ RANKS: Mapping[str, Any] = {"math": 16, "code": 8, "news": 8, "creative": "drop"
 
 
 class Serve(Stage):
-    """A mixture served by two replicas, one on each worker host, with the proxy of the head asked."""
+    """A mixture served by two replicas, of which a host holds one, with the proxy of the head asked."""
 
     name = "serve"
 
@@ -39,7 +39,7 @@ class Serve(Stage):
         super().__init__(out)
         MixtureSpec.from_dict({"source": "zoo://nano", "ranks": dict(RANKS), "active": 4}).save(out / "m.yaml")
         (out / "keys").write_text(KEY + "\n")
-        self.arguments = [str(out / "m.yaml"), "--host", "0.0.0.0", "--port", str(PORT), "--cpus", "0.3"]
+        self.arguments = [str(out / "m.yaml"), "--host", "0.0.0.0", "--port", str(PORT), "--cpus", "0.6"]
         self.arguments += ["--api-key-file", str(out / "keys"), "--min-replicas", "2", "--ingress-replicas", "2"]
         self.asked = Clients()
 
@@ -120,6 +120,7 @@ def attempt_serving(scenario: Scenario, outcome: Outcome, times: int, seed: int,
         clients.answers = {prompt: clients.ask(prompt) for prompt in PROMPTS}
         clients.start()
         for _ in range(times):
+            at_work = _await_replica(hosts.workers[0])
             time.sleep(chance.uniform(2, 5))
             failed, since = len(clients.failures), time.monotonic()
             scenario.do(trial)
@@ -130,6 +131,7 @@ def attempt_serving(scenario: Scenario, outcome: Outcome, times: int, seed: int,
             outcome.lost += len(late := [text for began, _, text in clients.failures[failed:] if began > over])
             hosts.await_nodes(len(hosts.all))
             failures = {text[:120] for _, _, text in clients.failures[failed:]}
+            trial.say(f"a worker host had {', '.join(at_work)}")
             trial.say(f"{len(clients.failures) - failed} failed while it lasted, {len(late)} later: {sorted(failures)}")
         clients.stop()
         outcome.lost += len(clients.wrong)
@@ -154,6 +156,17 @@ def _await_ready(stage: Stage, url: str) -> None:
             return
         assert stage.running, stage.log()
         assert time.monotonic() < deadline, stage.log()
+        time.sleep(0.5)
+
+
+def _await_replica(host: Host) -> list[str]:
+    """Wait until a mixture replica runs on a host; the names of all of Serve that runs there."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        running = [name for process in host.processes() if (name := title(process)).startswith("ray::ServeReplica")]
+        if any("mixture" in name and "initialize" not in name for name in running):
+            return running
+        assert time.monotonic() < deadline, f"no mixture replica came to {host.name}"
         time.sleep(0.5)
 
 

@@ -89,6 +89,7 @@ class Stage(abc.ABC):
     def __init__(self, out: Path) -> None:
         self.out = out
         out.mkdir(parents=True)
+        self._log = out.parent.parent / f"{self.name}-{out.name}.log"  # not on the disk that a fault may fill
         self.process: subprocess.Popen[bytes] | None = None
         self.watch = Watch(self.committed)
 
@@ -99,7 +100,7 @@ class Stage(abc.ABC):
     def start(self, host: Host, hosts: Hosts | None) -> None:
         """Start the driver on a host; without a cluster it starts one of its own there."""
         variables = {} if hosts is None else {"RAY_ADDRESS": hosts.address}
-        self.process = host.run(self.command(), self.out / "driver.log", **variables)
+        self.process = host.run(self.command(), self._log, **variables)
 
     @property
     def running(self) -> bool:
@@ -113,7 +114,7 @@ class Stage(abc.ABC):
 
     def log(self) -> str:
         """The end of what the driver has printed."""
-        return (self.out / "driver.log").read_text()[-1500:]
+        return self._log.read_text()[-1500:]
 
     def done(self, results: Path) -> Iterator[Path]:
         """Cells that did not fail: one that failed is computed again by the next run."""

@@ -1,6 +1,6 @@
 """What `flexmore doctor` looks at: facts of a node, of a working directory, and of the way to a cluster.
 
-Nothing here judges; `flexmore_ray.doctor` does.
+Nothing here judges; `flexmore_ray.cluster.doctor` does.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def node_facts(
         seconds: that each folder has to answer.
         resources: that Ray gives out here.
     """
-    from flexmore_ray.cache import cache_folder
+    from flexmore_ray.storage.cache import cache_folder
 
     unwritable = {}
     for option, folder in folders.items():

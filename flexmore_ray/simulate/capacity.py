@@ -1,6 +1,6 @@
 """What GPUs do for the paper's grid at its real size: the page cluster/CAPACITY.md, with its arithmetic.
 
-    python -m flexmore_ray.capacity > cluster/CAPACITY.md
+    python -m flexmore_ray.simulate.capacity > cluster/CAPACITY.md
 
     symbol   meaning                                   symbol   meaning
     d, f     hidden, intermediate size                 K        active experts
@@ -18,11 +18,11 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from flexmore_ray.budget import SHAPE_EXPERTS, SHAPES, expert_params, format_count, trunk_params
-from flexmore_ray.calibrate import DRIVER_SECONDS, Timing
-from flexmore_ray.forecast import Forecast, duration, forecasts
 from flexmore_ray.grid import _WRITERS
 from flexmore_ray.pool import Unit
 from flexmore_ray.simulate import Work, new_unit, simulate
+from flexmore_ray.simulate.calibrate import DRIVER_SECONDS, Timing
+from flexmore_ray.simulate.forecast import Forecast, duration, forecasts
 from flexmore_ray.spec import FULL, PROJECTIONS
 from flexmore_ray.tables import Rows, markdown
 
@@ -217,8 +217,8 @@ def _head() -> str:
     title = "# Capacity: the paper's grid at 7B size"
     about = _text(
         "150 mixtures x 120 tasks of [FlexMoRE](https://arxiv.org/abs/2602.08818) on NVIDIA H200 GPUs, one worker on",
-        "each. Written by `python -m flexmore_ray.capacity`; a test compares. (p) published, (m) measured by us, (a)",
-        "assumed, (c) computed from these. **Nothing here was measured on a GPU**: put a run of your own and",
+        "each. Written by `python -m flexmore_ray.simulate.capacity`; a test compares. (p) published, (m) measured by",
+        "us, (a) assumed, (c) computed from these. **Nothing here was measured on a GPU**: put a run of your own and",
         "`flexmore simulate` in place of what is assumed.",
     )
     gpu = _text(

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from flexmore_ray.calibrate import Timing
 from flexmore_ray.errors import UsageError
 from flexmore_ray.grid import _COMMITS, _WRITERS
 from flexmore_ray.placement import Needs
 from flexmore_ray.pool import _IDLE_SECONDS, _LOOK_SECONDS, Pool, Queue, Unit, _Member
+from flexmore_ray.simulate.calibrate import Timing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

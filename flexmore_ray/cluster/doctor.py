@@ -1,6 +1,6 @@
 """The command `flexmore doctor`: what newcomers trip over, each finding with its remedy.
 
-Checks are functions of facts (`flexmore_ray.facts`) and start nothing. Levels: ok; warning, which may go well;
+Checks are functions of facts (`flexmore_ray.cluster.facts`) and start nothing. Levels: ok; warning, which may go well;
 problem, which will not.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexmore_ray.errors import FlexmoreError
-from flexmore_ray.facts import (
+from flexmore_ray.cluster import read_cluster
+from flexmore_ray.cluster.facts import (
     PORTS,
     Access,
     NodeFacts,
@@ -23,8 +23,9 @@ from flexmore_ray.facts import (
     gather_access,
     gather_upload,
 )
+from flexmore_ray.cluster.survey import gather_cluster, gather_here
+from flexmore_ray.errors import FlexmoreError, UsageError
 from flexmore_ray.storage import RemotePath, open_path
-from flexmore_ray.survey import gather_cluster, gather_here
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _RAY_FULL = 0.95  # used share of its folder's file system at which Ray starts no more work
@@ -408,12 +409,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Look at this machine, or at every node of the cluster that RAY_ADDRESS names, and say what is wrong."""
+    if not 0 < args.timeout < float("inf"):
+        raise UsageError(f"--timeout: seconds above 0 are needed, got {args.timeout:g}")
     given = {"--store": args.store, "--results": args.results}
     folders = {option: _absolute(folder) for option, folder in given.items() if folder}
     upload = gather_upload(Path(args.working_dir))
     size = _mixture_bytes(args.mixture) if args.mixture else None
     access, nodes = gather(folders, args.timeout)
-    findings = diagnose(access, nodes, folders, upload, size)
+    findings = [*diagnose(access, nodes, folders, upload, size), *_check_overlooked(access)]
     order = (PROBLEM, WARNING, OK)
     for finding in sorted(findings, key=lambda finding: order.index(finding.level)):
         print(finding)
@@ -422,6 +425,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{plural[PROBLEM]}, {plural[WARNING]}, {count[OK]} ok")
     listed = [dataclasses.asdict(finding) for finding in findings]
     return {"findings": listed, "nodes": [node.name for node in nodes], "failed": count[PROBLEM]}
+
+
+def _check_overlooked(access: Access) -> Findings:
+    """A cluster of this machine that this shell does not use."""
+    ours = read_cluster()
+    if access.address is None and ours is not None and ours.is_up():
+        yield Finding(
+            check="cluster",
+            level=WARNING,
+            text=f"one runs at {ours.address}, but this shell does not use it, so only this machine was looked at",
+            remedy='eval "$(flexmore cluster env)", then once more',
+        )
 
 
 def gather(folders: Mapping[str, str], seconds: float) -> tuple[Access, list[NodeFacts | SilentNode]]:

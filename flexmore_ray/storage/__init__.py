@@ -4,10 +4,10 @@
     open_path("s3://bucket/x")    a `RemotePath`: the same operations on objects
 
 An object appears whole or not at all: it is written here first and then sent in one piece, and what failed for a
-moment is sent again. `flexmore_ray.cache` keeps copies of large ones.
+moment is sent again. `flexmore_ray.storage.cache` keeps copies of large ones.
 
 Credentials are those of the process: ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``, ``~/.aws``, the role of the
-machine; for gs:// ``GOOGLE_APPLICATIONCREDENTIALS`` or the machine's account. They are never part of a URI, and a
+machine; for gs:// ``GOOGLE_APPLICATION_CREDENTIALS`` or the machine's account. They are never part of a URI, and a
 `RemotePath` that is sent to another process carries its URI alone. ``AWS_ENDPOINT_URL`` names a server other than AWS.
 """
 
@@ -327,13 +327,18 @@ def is_remote(text: str | AnyPath) -> bool:
 # ------------------------------------------------------------------------------ the stores
 
 
-@functools.cache
 def _filesystem(scheme: str, bucket: str) -> Any:
-    """The client of a bucket, with the settings and credentials of this process."""
-    if scheme == "gs":
-        return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=_RETRY_SECONDS))
+    """The client of a bucket where the environment says that it is."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return _client(scheme, bucket, endpoint, region)
+
+
+@functools.cache
+def _client(scheme: str, bucket: str, endpoint: str | None, region: str | None) -> Any:
+    """A client with the credentials of this process; None means what is usual."""
+    if scheme == "gs":
+        return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=_RETRY_SECONDS))
     return fs.S3FileSystem(
         endpoint_override=endpoint,
         region=region or ("us-east-1" if endpoint else fs.resolve_s3_region(bucket)),

@@ -103,6 +103,8 @@ def run_env(args: argparse.Namespace) -> Result:
     cluster = read_cluster()
     if cluster is None:
         raise FlexmoreError("no cluster runs; start one with flexmore cluster up")
+    if not cluster.is_up():
+        raise FlexmoreError(f"the head at {cluster.address} has died; flexmore cluster up goes on with its state")
     environment = cluster.environment()
     if not args.json:  # a shell evaluates what is printed
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items()))
@@ -163,7 +165,15 @@ def _node_facts(node: Result, usage: dict[str, Sequence[float]]) -> Result:
 
 def _job_facts(job: Result) -> Result:
     name = job["submission_id"] or f"process {job['driver_info']['pid']}"
-    return {"name": name, "status": job["status"], "entrypoint": job["entrypoint"], "started": job["start_time"] / 1000}
+    sent = (job.get("runtime_env") or {}).get("working_dir", "")
+    folder = "." if str(sent).startswith("gcs://") else shlex.quote(str(sent))
+    return {
+        "name": name,
+        "status": job["status"],
+        "entrypoint": job["entrypoint"],
+        "options": f"--working-dir {folder} " if sent else "",
+        "started": job["start_time"] / 1000,
+    }
 
 
 def _is_exposed(host: str) -> bool:
@@ -186,8 +196,10 @@ def _describe_start(cluster: Cluster, result: Result) -> str:
 def _describe_resumption(result: Result) -> str:
     lines = ["\nit goes on with the state of the one before; Serve applications come back within two minutes"]
     if result["lost_jobs"]:
-        lines.append("jobs that ended with it; submitted again they compute only what is missing:")
-        lines += [f"  ray job submit -- {job['entrypoint']}" for job in result["lost_jobs"]]
+        lines.append(
+            "jobs that ended with it; submitted again, from the same folder, they compute only what is missing:"
+        )
+        lines += [f"  ray job submit {job['options']}-- {job['entrypoint']}" for job in result["lost_jobs"]]
     return "\n".join(lines)
 
 

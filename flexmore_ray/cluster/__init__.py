@@ -47,6 +47,7 @@ MARKER = "FLEXMORE_CLUSTER"
 DASHBOARD_HOST = "127.0.0.1"
 _START_SECONDS, _ANSWER_SECONDS, _POLL_SECONDS = 180.0, 30.0, 0.3
 _TELL_SECONDS, _SERVE_SECONDS, _END_SECONDS = 40.0, 90.0, 15.0  # for jobs, for Serve, for processes after each signal
+_TOKEN_BYTES = 2**16
 _SLOW = "timed out during startup"  # what Ray says after 30 s of waiting for its own raylet, on a busy machine
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _CONNECTION = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS", "RAY_AUTH_TOKEN", "RAY_NAMESPACE")
@@ -190,8 +191,14 @@ def up(
         The cluster, and whether it goes on with the state of one whose head had died.
 
     Raises:
+        UsageError: a number that is negative, ports that are the same, or no file for a token.
         FlexmoreError: one runs already, a port is taken, or it did not come up; then no process is left.
     """
+    for option, number in (("--cpus", num_cpus), ("--gpus", num_gpus)):
+        if number is not None and number < 0:
+            raise UsageError(f"{option}: 0 or more is needed, got {number}")
+    if port == dashboard_port:
+        raise UsageError(f"--port and --dashboard-port: two different ports are needed, got {port} for both")
     with _alone():
         before = read_cluster()
         if before and before.is_up():
@@ -218,10 +225,14 @@ def up(
             except FlexmoreError as error:
                 if _SLOW not in str(error):
                     raise
+                print("note: Ray was too slow to start on this busy machine; trying once more", file=sys.stderr)
             return _start(cluster, num_cpus, num_gpus), before is not None
-        except BaseException:
+        except BaseException as error:
             if before is None:
                 _forget(cluster)
+            elif isinstance(error, FlexmoreError):
+                way_out = "if the state it kept is to blame, flexmore cluster down forgets that"
+                raise FlexmoreError(f"{error}; {way_out}") from None
             raise
 
 
@@ -299,7 +310,7 @@ def _wait_until_up(cluster: Cluster, head: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if head.poll() is not None:
-            raise FlexmoreError(f"the cluster did not start: {_reason()}; see {home() / 'head.log'}{_way_out()}")
+            raise FlexmoreError(f"the cluster did not start: {_reason()}; see {home() / 'head.log'}")
         try:
             nodes = cluster.nodes()
         except OSError:
@@ -318,11 +329,6 @@ def _reason() -> str:
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\w(Error|Exception)\b|exited unexpectedly|\[type=", line)]
     return ([*lines, *errors] or ["it ended without a word"])[-1][:300]
-
-
-def _way_out() -> str:
-    kept = "if the state it kept is to blame, flexmore cluster down forgets that"
-    return f"; {kept}" if (home() / "gcs" / "session_name").exists() else ""
 
 
 def _check_ports(host: str, port: int, dashboard_port: int) -> None:
@@ -358,6 +364,8 @@ def _token(file: Path | None) -> Path:
     """The token's file, made if missing, readable for its owner alone."""
     file = file or Path.home() / ".ray" / "auth_token"
     file = file.expanduser().absolute()
+    if file.exists() and not file.is_file():
+        raise UsageError(f"--token-file: the name of a file is needed, got {file}")
     if not file.exists():
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -365,9 +373,10 @@ def _token(file: Path | None) -> Path:
             content.write(secrets.token_hex(32))
     if file.parent == Path.home() / ".ray":
         file.parent.chmod(0o700)
+    words = file.read_bytes()[:_TOKEN_BYTES].split()
+    if len(words) != 1:  # of what is no token nothing is changed
+        raise UsageError(f"--token-file: one word is needed in {file}, found {len(words)}; remove it, and one is made")
     file.chmod(0o600)
-    if not file.read_text().strip():
-        raise UsageError(f"--token-file: {file} is empty; remove it, and a token is made")
     return file
 
 

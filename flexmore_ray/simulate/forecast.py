@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flexmore_ray.calibrate import Calibration, Size, average
 from flexmore_ray.errors import UsageError
 from flexmore_ray.grid import Grid
 from flexmore_ray.plan import PlannedMixture
 from flexmore_ray.pool import Unit
 from flexmore_ray.scores import PreparedTask, iter_shards
 from flexmore_ray.simulate import Outcome, Work, new_unit
+from flexmore_ray.simulate.calibrate import Calibration, Size, average
 from flexmore_ray.spec import DROP, FULL
 from flexmore_ray.tables import columns
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flexmore_ray.facts import NodeFacts, SilentNode, node_facts, others_seen, remove_left
+from flexmore_ray.cluster.facts import NodeFacts, SilentNode, node_facts, others_seen, remove_left
 
 
 def gather_here(folders: Mapping[str, str], nonce: str, seconds: float) -> NodeFacts:
