@@ -206,7 +206,8 @@ def _folders(moments: Sequence[str] | None) -> tuple[str, ...]:
 def run_heal(args: argparse.Namespace) -> Result:
     """Train factors of a store into one of their own."""
     from flexmore_ray.evaluate import use_few_threads
-    from flexmore_ray.heal import OTHERS_EVERY, STEP_DAMPING, Settings, heal
+    from flexmore_ray.heal import heal
+    from flexmore_ray.heal.training import OTHERS_EVERY, STEP_DAMPING, Settings
     from flexmore_ray.moments.files import Metric
     from flexmore_ray.source import open_source
     from flexmore_ray.store import open_store
@@ -223,7 +224,7 @@ def run_heal(args: argparse.Namespace) -> Result:
     with contextlib.ExitStack() as stack:
         train = None
         if args.workers != 1 or args.gpus is not None:
-            from flexmore_ray.heal_ray import Workers
+            from flexmore_ray.heal.workers import Workers
             from flexmore_ray.runtime import cluster
 
             on_gpus = args.device.startswith("cuda")

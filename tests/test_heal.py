@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from flexmore_ray.build import build_store
 from flexmore_ray.errors import CheckpointError, FlexmoreError, StoreError, UsageError
 from flexmore_ray.export import export_mixture
-from flexmore_ray.heal import Pair, Settings, Training, _draw_batch, _shuffled, heal
+from flexmore_ray.heal import heal
+from flexmore_ray.heal.pairs import Pair
+from flexmore_ray.heal.ranks import RankDraw
+from flexmore_ray.heal.training import Settings, _draw_batch, _shuffled
 from flexmore_ray.mixture import load_mixture, open_mixture
 from flexmore_ray.moments.files import Metric
 from flexmore_ray.moments.gather import gather
 from flexmore_ray.source import Source, open_source
-from flexmore_ray.spec import PROJECTIONS, MatrixKey, MixtureSpec
+from flexmore_ray.spec import MatrixKey, MixtureSpec
 from flexmore_ray.store import MANIFEST, FactorStore
 from flexmore_ray.texts import Document, pad_documents
 from flexmore_ray.zoo.tokenizer import write_tokenizer
@@ -178,43 +181,41 @@ def test_moments_that_no_text_can_have_end_in_one_line(
         heal(source, store, data, tmp_path / "h", SHORT, metric=damaged)
 
 
+def ranks_of(source: Source, store: FactorStore, limit: int = 12) -> tuple[dict[MatrixKey, torch.Tensor], RankDraw]:
+    spectra = {key: store.spectrum(key)[:limit] for key in source.shape.keys("math")}
+    return spectra, RankDraw(spectra)
+
+
 @given(count=st.integers(1, 2000))
 def test_energies_share_directions_as_one_sort_of_all_does(source: Source, store: FactorStore, count: int) -> None:
-    training = Training(source, store, "math", Path("none"), SHORT, Metric())
-    every = [(float(value), key) for key in source.shape.keys("math") for value in store.spectrum(key)[:12]]
+    spectra, ranks = ranks_of(source, store)
+    every = [(float(value), key) for key, values in spectra.items() for value in values]
     taken = Counter(key for _, key in sorted(every, key=lambda each: -each[0])[:count])
-    assert training._leading(count) == {(k.layer, k.projection): taken[k] for k in source.shape.keys("math")}
+    assert ranks.leading(count) == {key: taken[key] for key in spectra}
 
 
-def test_directions_without_energy_do_not_count(
-    source: Source, store: FactorStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directions_without_energy_do_not_count(source: Source) -> None:
     values = torch.cat([torch.tensor([4.0, 2.0]), torch.full((10,), 1e-9)])
-    spectra = {(key.layer, key.projection): values for key in source.shape.keys("math")}
-    spectra[0, "up_proj"] = torch.zeros(12)
-    monkeypatch.setattr(Training, "_spectra", spectra)
-    training = Training(source, store, "math", Path("none"), SHORT, Metric())
-    steps = [training._draw_ranks(random.Random(seed), source.shape.num_layers) for seed in range(200)]
-    low = [step for step in steps if all(rank <= 2 for layer in step for rank in layer.values())]
-    assert len(low) > 100
-    assert training._leading(0) == training._leading(1)
-    assert training._leading(10**6) == {key: (0 if key == (0, "up_proj") else 2) for key in spectra}
-    spectra |= dict.fromkeys(spectra, torch.zeros(12))
-    training = Training(source, store, "math", Path("none"), SHORT, Metric())
+    spectra = dict.fromkeys(source.shape.keys("math"), values)
+    empty = MatrixKey("math", 0, "up_proj")
+    spectra[empty] = torch.zeros(12)
+    ranks = RankDraw(spectra)
+    steps = [ranks.draw(random.Random(seed)) for seed in range(200)]
+    assert sum(max(step.values()) <= 2 for step in steps) > 100
+    assert ranks.leading(0) == ranks.leading(1)
+    assert ranks.leading(10**6) == {key: (0 if key == empty else 2) for key in spectra}
+    nothing = RankDraw(dict.fromkeys(spectra, torch.zeros(12)))
     for seed in range(20):
-        drawn = training._draw_ranks(random.Random(seed), source.shape.num_layers)
-        assert all(1 <= rank <= 12 for layer in drawn for rank in layer.values())
+        assert all(1 <= rank <= 12 for rank in nothing.draw(random.Random(seed)).values())
 
 
 def test_ranks_of_steps_stay_within_the_factors_and_cover_them(source: Source, store: FactorStore) -> None:
-    training = Training(source, store, "math", Path("none"), Settings(max_rank=9), Metric())
-    layers = source.shape.num_layers
-    drawn = [training._draw_ranks(random.Random(seed), layers) for seed in range(2000)]
-    ranks = [rank for step in drawn for layer in step for rank in layer.values()]
-    assert set(ranks) == set(range(1, 10))
-    for layer in range(layers):
-        for projection in PROJECTIONS:
-            assert {1, 9} <= {step[layer][projection] for step in drawn}
+    spectra, ranks = ranks_of(source, store, 9)
+    drawn = [ranks.draw(random.Random(seed)) for seed in range(2000)]
+    for key in spectra:
+        found = {step[key] for step in drawn}
+        assert {1, 9} <= found <= set(range(1, 10))
+    assert {rank for step in drawn for rank in step.values()} == set(range(1, 10))
 
 
 def test_public_texts_keep_what_the_public_expert_says(
@@ -246,7 +247,7 @@ def test_a_run_that_was_killed_gives_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flexmore_ray.heal.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("flexmore_ray.heal.training.SAVE_SECONDS", 0.0)
     run = partial(heal, source, store, data, settings=SHORT, metric=metric if weighted else None)
     whole = run(tmp_path / "whole")
 
@@ -333,7 +334,7 @@ def test_what_training_begins_with_is_part_of_what_comes_out(
 def test_a_checkpoint_of_other_settings_or_damaged(
     source: Source, store: FactorStore, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flexmore_ray.heal.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("flexmore_ray.heal.training.SAVE_SECONDS", 0.0)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

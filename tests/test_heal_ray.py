@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from flexmore_ray.errors import CheckpointError, UsageError
-from flexmore_ray.heal import Settings, _draw_batch, heal
-from flexmore_ray.heal_ray import Workers
+from flexmore_ray.heal import heal
+from flexmore_ray.heal.training import Settings, _draw_batch
+from flexmore_ray.heal.workers import Workers
 from flexmore_ray.mixture import load_tokenizer
 from flexmore_ray.moments.files import Metric
 from flexmore_ray.source import Source
@@ -84,7 +85,7 @@ def test_a_worker_that_dies_is_started_again_from_the_checkpoint(
         if done == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("flexmore_ray.heal.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("flexmore_ray.heal.training.SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         heal(source, store, data, tmp_path / "h", settings, progress=stop)
     steps: list[int] = []

@@ -20,7 +20,7 @@ import torch
 from ray.train.torch import TorchTrainer, get_device
 
 from flexmore_ray.errors import FlexmoreError, UsageError
-from flexmore_ray.heal import Progress, Team, Texts, Training
+from flexmore_ray.heal.training import Progress, Team, Texts, Training
 from flexmore_ray.placement import Needs, offer
 from flexmore_ray.runtime import nodes, on_running_cluster
 from flexmore_ray.spec import MatrixKey
@@ -36,7 +36,7 @@ _LOOK_SECONDS = 0.2
 
 
 class Workers:
-    """Trains experts on workers of the cluster that this process is connected to; see `heal.Train`.
+    """Trains experts on workers of the cluster that this process is connected to; see `training.Train`.
 
     Args:
         count: how many workers; each reserves one CPU.
