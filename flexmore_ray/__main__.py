@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="of flexmore moments: train in the coordinates of their metric",
     )
-    healer.add_argument("--steps", type=int, default=1000, metavar="N", help="for each expert (default: 1000)")
+    healer.add_argument("--steps", type=int, default=2000, metavar="N", help="for each expert (default: 2000)")
     healer.add_argument("--batch-tokens", type=int, default=1024, metavar="N", help="of one step (default: 1024)")
     healer.add_argument(
         "--learning-rate",

@@ -43,11 +43,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from flexmore_ray.budget import discarded_energy, format_count
     from flexmore_ray.mixture import open_mixture
-    from flexmore_ray.rules import allocate, read_budget
+    from flexmore_ray.rules import allocate, check_rule, read_budget
     from flexmore_ray.spec import MixtureSpec
+    from flexmore_ray.store import HEALED
 
     if args.granularity is not None and args.rule != "optimal":
         raise UsageError("--granularity: only --rule optimal has one; leave it out, or choose --rule optimal")
+    granularity: Granularity = args.granularity or "matrix"
+    check_rule(args.rule, granularity)
     out = _file(args.out)
     given = MixtureSpec(source=tuple(args.source), experts=args.experts, store=args.store, active=args.active)
     parts = open_mixture(given)
@@ -58,7 +61,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{', '.join(args.source)}: has no domain expert with weights of its own to allocate ranks to")
     store = _complete_store(parts, keys)
     spectra = {key: store.spectrum(key).numpy() for key in keys}
-    granularity: Granularity = args.granularity or "matrix"
     spec = allocate(parts, budget, spectra, args.rule, granularity=granularity, active=args.active)
     if spec is None:
         lowest = parts.with_spec(dataclasses.replace(given, ranks=dict.fromkeys((key.expert for key in keys), 1)))
@@ -76,9 +78,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     total = sum(lost.values())
     rows = [[name, str(assignment.summary(name)), f"{count.experts[name]:,}", f"{lost[name]:.4g}"] for name in lost]
     print(columns([["expert", "rank", "parameters", "discarded energy"], *rows]))
+    of = "before healing" if store.weighting == HEALED else f"weighting {store.weighting}"
     print(
         f"\n{out}: {count.total:,} parameters ({format_count(count.total)}, {count.ratio:.3f} of full), discarded "
-        f"energy {total:.4g} (weighting {store.weighting}); next: flexmore eval {args.out} --tasks ..."
+        f"energy {total:.4g} ({of}); next: flexmore eval {args.out} --tasks ..."
     )
     return {
         "out": str(out),
@@ -110,6 +113,7 @@ def _complete_store(parts: Parts, keys: Iterable[MatrixKey]) -> FactorStore:
     """The store that was named, or one in the cache that is made where it is missing; all ranks of some matrices."""
     from flexmore_ray.build import build_store
     from flexmore_ray.mixture import CachedFactors
+    from flexmore_ray.store import HEALED
 
     if isinstance(parts.factors, CachedFactors):
         with tqdm(desc="decomposing", unit="matrix", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -123,8 +127,9 @@ def _complete_store(parts: Parts, keys: Iterable[MatrixKey]) -> FactorStore:
     full = parts.source.shape.full_rank
     for key in keys:
         if store.max_rank(key) < full:
+            again = "heal to another --out" if store.weighting == HEALED else "decompose into it again"
             raise StoreError(
-                f"{store.folder}: holds rank {store.max_rank(key)} of {key}, and a rule needs all {full}; decompose "
-                "into it again without --max-rank"
+                f"{store.folder}: holds rank {store.max_rank(key)} of {key}, and a rule needs all {full}; {again} "
+                "without --max-rank"
             )
     return store

@@ -291,6 +291,16 @@ def allocate_optimal(
     return OptimalRanks(shape, experts, spectra, granularity).allocate(budget)
 
 
+def check_granularity(granularity: str) -> None:
+    """Check the name of a granularity.
+
+    Raises:
+        UsageError: it is unknown.
+    """
+    if granularity not in get_args(Granularity):
+        raise UsageError(f"granularity: one of {', '.join(get_args(Granularity))} is needed, got {granularity!r}")
+
+
 class OptimalRanks:
     """`allocate_optimal` for any number of budgets: the singular values are sorted once.
 
@@ -307,8 +317,7 @@ class OptimalRanks:
     def __init__(
         self, shape: ModelShape, experts: Sequence[str], spectra: Spectra, granularity: Granularity = "matrix"
     ) -> None:
-        if granularity not in get_args(Granularity):
-            raise UsageError(f"granularity: one of {', '.join(get_args(Granularity))} is needed, got {granularity!r}")
+        check_granularity(granularity)
         self._shape, self._experts = shape, tuple(experts)
         groups = _groups(shape, self._experts[1:], granularity)
         self._groups = [groups[name] for name in sorted(groups)]

@@ -32,6 +32,7 @@ from flexmore_ray.storage import AnyPath, StorageError, matching, open_path
 from flexmore_ray.store import (
     ALGORITHM_VERSION,
     FORMAT,
+    HEALED,
     MANIFEST,
     STORE_DTYPES,
     Entry,
@@ -106,7 +107,7 @@ class StoreWriter:
             StoreError: the store is weighted and the moments were not named.
         """
         if self._recipe is None and self._weighting != "none":
-            if self._weighting == "healed":
+            if self._weighting == HEALED:
                 raise StoreError(
                     f"{self.folder}: its factors were trained, so it cannot be extended; heal to another --out"
                 )
@@ -359,13 +360,12 @@ def decompose_matrix(
 def _decompose_weighted(
     source: WeightSource, key: MatrixKey, max_rank: int | None, device: str | torch.device, metric: Metric
 ) -> Decomposition:
-    base = key._replace(expert=source.experts[0])
-    moments = metric.moments.matrix(key, source.digest(key), source.digest(base)).to(device)
+    moments = metric.matrix(source, key).to(device)
     change: Tensor | Factors | None = source.born_factors(key)
     if isinstance(change, Factors):
         change = Factors(change.a.to(device), change.bt.to(device))
     else:
-        change = delta(source.weight(key).to(device), source.weight(base).to(device))
+        change = delta(source.weight(key).to(device), source.weight(key._replace(expert=source.experts[0])).to(device))
     return decompose_weighted(change, moments, metric.weighting, max_rank, metric.damping)
 
 

@@ -21,6 +21,7 @@ from flexmore_ray.budget import (
     OptimalRanks,
     Spectra,
     allocate_energy,
+    check_granularity,
     collect_ranks,
     count_parameters,
     entropy_rank,
@@ -144,8 +145,7 @@ def allocate(
     Raises:
         UsageError: an unknown rule or granularity.
     """
-    if rule not in get_args(Rule):
-        raise UsageError(f"rule: unknown {rule!r}; {suggest(rule, get_args(Rule))}")
+    check_rule(rule, granularity)
     full, _ = extremes(parts, active)
     spectra = _own_spectra(parts, spectra)
     shape, experts = budget.shape, list(dict.fromkeys(key.expert for key in spectra))
@@ -159,6 +159,17 @@ def allocate(
     if rule == "entropy":
         return fit(_entropy_rule(shape, spectra), 0, _FACTORS)
     return fit(*_optimal_rule(parts, budget, spectra, granularity))
+
+
+def check_rule(rule: str, granularity: str) -> None:
+    """Check the names of a rule and of a granularity.
+
+    Raises:
+        UsageError: one of them is unknown.
+    """
+    if rule not in get_args(Rule):
+        raise UsageError(f"rule: unknown {rule!r}; {suggest(rule, get_args(Rule))}")
+    check_granularity(granularity)
 
 
 def extremes(parts: Parts, active: int | None) -> tuple[MixtureSpec, MixtureSpec]:

@@ -87,11 +87,20 @@ class FactorSource(Protocol):
         ...
 
 
+HEALED = "healed"
+"""Weighting of a store whose factors were trained."""
+
+
 class WeightSource(Protocol):
     """What the store needs of a source of experts: a part of `checkpoint.Source`."""
 
     experts: tuple[str, ...]
     shape: ModelShape
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 of what all experts share, the public one included."""
+        ...
 
     def weight(self, key: MatrixKey) -> Tensor:
         """Dense matrix (out, in)."""
@@ -125,7 +134,10 @@ class Recipe(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One delta in the store: the manifest's row about its file."""
+    """One delta in the store: the manifest's row about its file.
+
+    Spectrum, `error_ratio` and `residual_energy` of healed factors are those of the factors that training began with.
+    """
 
     expert: str
     layer: int

@@ -65,13 +65,15 @@ def _jsonl_text(path: AnyPath, number: int, line: str) -> tuple[str, str]:
     try:
         row = json.loads(line)
         found = ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f'{path} line {number} is no JSON object with a "text", or "prompt" and "completion": {line[:60]!r}'
         ) from error
     for text in found:
         if not isinstance(text, str):
             raise UsageError(f"{path} line {number}: texts must be strings, got {type(text).__name__}")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UsageError(f"{path} line {number}: half a surrogate pair is no text; write whole characters")
     return found
 
 

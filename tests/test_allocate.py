@@ -116,6 +116,9 @@ def test_a_file_of_relative_folders_loads_from_anywhere(run, tmp_path, monkeypat
 
 def test_without_a_store_it_decomposes_into_the_cache_once(run, tmp_path):
     args = ("allocate", "m", "--budget", "0.5x", "--out", "a.yaml", "--experts", "base,a,b,c")
+    for unknown in ("--rule", "--granularity"):
+        assert run(*args, unknown, "foo")[0] == 2
+    assert not list((tmp_path / "cache").glob("*"))  # nothing was decomposed for it
     status, first, _ = run(*args)
     assert status == 0
     assert list(first["ranks"]) == ["a", "b", "c"]

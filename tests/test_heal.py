@@ -23,14 +23,14 @@ from flexmore_ray.export import export_mixture
 from flexmore_ray.heal import heal
 from flexmore_ray.heal.pairs import Pair
 from flexmore_ray.heal.ranks import RankDraw
-from flexmore_ray.heal.training import Settings, _draw_batch, _shuffled
+from flexmore_ray.heal.training import Settings, Training, _draw_batch, _shuffled
 from flexmore_ray.mixture import load_mixture, open_mixture
 from flexmore_ray.moments.files import Metric
 from flexmore_ray.moments.gather import gather
 from flexmore_ray.source import Source, open_source
 from flexmore_ray.spec import MatrixKey, MixtureSpec
 from flexmore_ray.store import MANIFEST, FactorStore
-from flexmore_ray.texts import Document, pad_documents
+from flexmore_ray.texts import Document, encode, pad_documents
 from flexmore_ray.zoo.tokenizer import write_tokenizer
 from tests.common import random_model, write
 
@@ -103,7 +103,7 @@ def test_every_rank_of_one_pair_says_more_of_what_the_full_expert_says(
     healed.verify()
     news = KEY._replace(expert="news")  # had no texts, and is as it was
     assert torch.equal(healed.factors(news, 12).a, store.factors(news, 12).a)
-    assert not list((tmp_path / "h").rglob("healing/*"))  # nothing that only a killed run needs
+    assert not list((tmp_path / "h").rglob("healing/*.safetensors"))  # nothing that only a killed run needs
     spec = MixtureSpec(source=tuple(source.describe()), store=str(tmp_path / "h"), ranks={"math": 4, "news": "drop"})
     plain = MixtureSpec(source=spec.source, store=str(store.folder), ranks=spec.ranks)
     assert open_mixture(spec).identified().mixture_id != open_mixture(plain).identified().mixture_id
@@ -232,7 +232,11 @@ def test_public_texts_keep_what_the_public_expert_says(
         assert harm[kept] < harm[alone]
         assert divergence(source, kept, rank) < divergence(source, store, rank)
     assert kept.recipe("math") != alone.recipe("math")
-    assert not list((tmp_path / "kept" / "healing").glob("*"))
+    assert not list((tmp_path / "kept" / "healing").glob("*.safetensors"))
+    short = tmp_path / "short.txt"
+    short.write_text("a\n")
+    with pytest.raises(UsageError, match="the texts of public have no token to predict"):
+        heal(source, store, {**data, "public": short}, tmp_path / "none", settings)
     with pytest.raises(UsageError, match="at least one domain expert"):
         heal(source, store, {"public": file}, tmp_path / "none", settings)
 
@@ -290,7 +294,7 @@ def test_what_cannot_be_healed_is_refused_in_one_line(
     for options in ({"steps": 0}, {"learning_rate": 0.0}, {"max_rank": 0}, {"batch_tokens": 0}, {"max_tokens": 1}):
         with pytest.raises(UsageError, match=r"is needed, got"):
             Settings(**options)
-    with pytest.raises(CheckpointError, match=r"the loss of step \d is (nan|inf); lower --learning-rate"):
+    with pytest.raises(CheckpointError, match=r"the loss of step \d is (nan|inf); check weights"):
         heal(source, store, data, tmp_path / "nan", Settings(steps=9, batch_tokens=64, learning_rate=1e30))
     heal(source, store, data, tmp_path / "done", SHORT)
     with pytest.raises(StoreError, match="heal to another --out"):
@@ -321,6 +325,65 @@ def test_experts_healed_one_after_the_other_stay_healed(
         assert torch.equal(one.bt, other.bt)
 
 
+def test_two_runs_into_one_store_take_turns(
+    source: Source, store: FactorStore, data: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "h"
+    settings = Settings(steps=1, batch_tokens=64)
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(UsageError, match="another flexmore heal is running on"):
+            heal(source, store, {"news": data["math"]}, out, settings)
+
+    heal(source, store, data, out, settings, progress=meanwhile)
+    heal(source, store, {"news": data["math"]}, out, settings)
+
+
+def other_model(folder: Path, *, experts: bool) -> Source:
+    """A model with other weights of its experts, or with an output layer of its own alone."""
+    model = random_model(3, active=2, vocab_size=128, seed=1 if experts else 0)
+    model.lm_head.weight.data *= 1.0 if experts else 1.5
+    write(model, folder, expert_names=["public", "math", "news"])
+    write_tokenizer(folder)
+    return open_source([str(folder)])
+
+
+def test_another_trunk_is_healed_anew_and_needs_moments_of_its_own(
+    source: Source, store: FactorStore, data: dict[str, Path], metric: Metric, tmp_path: Path
+) -> None:
+    trunk = other_model(tmp_path / "m", experts=False)
+    store.check_source(trunk)  # the experts are the same
+    heal(source, store, data, tmp_path / "h", SHORT)
+    steps: list[int] = []
+    heal(trunk, store, data, tmp_path / "h", SHORT, progress=lambda _, done, *__: steps.append(done))
+    assert steps == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(FlexmoreError, match="are of another public model"):
+        heal(trunk, store, data, tmp_path / "w", SHORT, metric=metric)
+
+
+def test_what_could_not_be_committed_is_refused_before_training(
+    source: Source, store: FactorStore, data: dict[str, Path], tmp_path: Path
+) -> None:
+    def begun(*_: object) -> None:
+        pytest.fail("a step was made")
+
+    other = other_model(tmp_path / "m", experts=True)
+    heal(other, build_store(other, tmp_path / "s", max_rank=4), data, tmp_path / "h", Settings(steps=1))
+    with pytest.raises(UsageError, match="holds healed factors of other weights"):
+        heal(source, store, data, tmp_path / "h", SHORT, progress=begun)
+    without = build_store(source.without(["news"]), tmp_path / "part", max_rank=4)
+    with pytest.raises(StoreError, match="no factors of expert news"):
+        heal(source, without, data, tmp_path / "out", SHORT, progress=begun)
+
+
+def test_a_highest_rank_is_that_of_what_is_healed(
+    source: Source, store: FactorStore, data: dict[str, Path], tmp_path: Path
+) -> None:
+    healed = heal(source, store, data, tmp_path / "h", Settings(steps=1, batch_tokens=64, max_rank=4))
+    assert {healed.max_rank(key) for key in source.shape.keys("math")} == {4}
+    assert {healed.max_rank(key) for key in source.shape.keys("news")} == {12}
+
+
 def test_what_training_begins_with_is_part_of_what_comes_out(
     source: Source, store: FactorStore, data: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -343,13 +406,25 @@ def test_a_checkpoint_of_other_settings_or_damaged(
         heal(source, store, data, tmp_path / "h", SHORT, progress=stop)
     steps: list[int] = []
     longer = Settings(steps=3, batch_tokens=64)
-    heal(source, store, data, tmp_path / "h", longer, progress=lambda _, done, *__: steps.append(done))
-    assert steps == [1, 2, 3]  # from the beginning: other settings make other factors
+    with pytest.raises(KeyboardInterrupt):
+        heal(source, store, data, tmp_path / "h", longer, progress=stop)
+    heal(source, store, data, tmp_path / "h", SHORT, progress=lambda _, done, *__: steps.append(done))
+    assert steps == [2, 3, 4, 5, 6]  # a trial with other settings, which make other factors, has lost nothing
+    assert not list((tmp_path / "h" / "healing").glob("*.safetensors"))
     with pytest.raises(KeyboardInterrupt):
         heal(source, store, data, tmp_path / "d", SHORT, progress=stop)
-    (tmp_path / "d" / "healing" / "math.safetensors").write_bytes(b"damaged")
+    next((tmp_path / "d" / "healing").glob("math@*.safetensors")).write_bytes(b"damaged")
     with pytest.raises(FlexmoreError, match="delete it to train anew"):
         heal(source, store, data, tmp_path / "d", SHORT)
+
+
+def test_what_stands_in_for_the_texts_of_others(source: Source, store: FactorStore) -> None:
+    public = [("", f"{n} {n * 7 % 10} is what all may read") for n in range(20)]
+    tokenizer = load_mixture(MixtureSpec(ranks={"math": "drop", "news": "drop"}, active=1), source=source).tokenizer
+    training = Training(source, store, "math", Path("none"), SHORT, Metric(), public)
+    plain = encode(tokenizer, public, SHORT.max_tokens)
+    assert training._others(tokenizer) == plain + _shuffled(plain, SHORT.seed)
+    assert Training(source, store, "math", Path("none"), SHORT, Metric())._others(tokenizer) == []
 
 
 def test_shuffled_documents_have_the_same_tokens_all_to_be_predicted() -> None:

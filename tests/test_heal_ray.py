@@ -70,7 +70,7 @@ def test_two_workers_make_the_factors_of_one_process(
     healed = heal(source, store, both, out, SETTINGS, metric=metric, progress=progress, train=Workers(2))
     assert [step[:3] for step in steps] == [("math", n, 6) for n in range(1, 7)]
     assert_close(whole, healed, source)
-    assert not list((tmp_path / "h").rglob("healing/*"))
+    assert not list((tmp_path / "h").rglob("healing/*.safetensors"))
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_what_a_worker_raises_arrives_as_it_was(
     source: Source, store: FactorStore, data: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = Settings(steps=9, batch_tokens=64, learning_rate=1e30)
-    with pytest.raises(CheckpointError, match=r"the loss of step \d is (nan|inf); lower --learning-rate") as caught:
+    with pytest.raises(CheckpointError, match=r"the loss of step \d is (nan|inf); check weights") as caught:
         heal(source, store, data, tmp_path / "h", settings, train=Workers(1))
     assert "\n" not in str(caught.value)
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from flexmore_ray.build import build_store
 from flexmore_ray.errors import CheckpointError, FlexmoreError, StoreError, UsageError
 from flexmore_ray.mixture import check_same_factors, open_mixture
 from flexmore_ray.moments import FORMS, WEIGHTINGS, Form, MatrixMoments, Moment, Weighting, decompose_weighted
-from flexmore_ray.moments.files import LayerMoments, Metric, MomentStore, Settings, layer_file
+from flexmore_ray.moments.files import LayerMoments, Metric, MomentStore, Settings, layer_file, read_about
 from flexmore_ray.moments.gather import gather, layer_bytes
 from flexmore_ray.plan import Plan, expand
 from flexmore_ray.source import Source, open_source
@@ -434,6 +435,33 @@ def test_a_run_that_was_killed_goes_on(source: Source, tmp_path: Path, monkeypat
     gather(source, data, tmp_path / "killed", progress=lambda *_: pytest.fail("all of it was there"))
 
 
+def test_a_run_that_was_killed_between_layers_goes_on_with_other_batches(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexmore_ray.moments.gather.SAVE_SECONDS", 0.0)
+    data = {"math": text_file(tmp_path / "math.jsonl", TEXTS)}
+    gather(source, data, tmp_path / "whole")
+    keep, calls = LayerMoments.write, itertools.count()
+
+    def write_some(layer: LayerMoments, path: Path) -> None:
+        if next(calls) == 3:  # of the second batch layer 0 is written, layer 1 is not
+            raise KeyboardInterrupt
+        keep(layer, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerMoments, "write", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            gather(source, data, tmp_path / "killed", batch_tokens=20)
+    done = [
+        next(iter(read_about(layer_file(tmp_path / "killed", "math", layer))["texts"].values()))[0] for layer in (0, 1)
+    ]
+    assert 0 < done[1] < done[0] < len(TEXTS)
+    gather(source, data, tmp_path / "killed", batch_tokens=64)
+    for layer in range(2):
+        key = KEY._replace(layer=layer)
+        assert_same(moments_of([tmp_path / "killed"], source, key), moments_of([tmp_path / "whole"], source, key))
+
+
 def test_what_cannot_be_gathered_is_refused_in_one_line(source: Source, folder: Path, tmp_path: Path) -> None:
     good = text_file(tmp_path / "good.jsonl", TEXTS)
     empty = tmp_path / "empty.txt"
@@ -441,6 +469,12 @@ def test_what_cannot_be_gathered_is_refused_in_one_line(source: Source, folder: 
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "1+1="}\n')
     one = text_file(tmp_path / "one.jsonl", ["a", "b"])
+
+    def line(name: str, text: str) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text + "\n")
+        return path
+
     cases: list[tuple[dict[str, Path], dict[str, Any], str]] = [
         ({}, {}, "at least one domain expert"),
         ({"maths": good}, {}, "did you mean math"),
@@ -448,6 +482,9 @@ def test_what_cannot_be_gathered_is_refused_in_one_line(source: Source, folder: 
         ({"math": good, "news": empty}, {}, "holds no document"),
         ({"math": good, "news": broken}, {}, 'line 1 is no JSON object with a "text", or "prompt" and "completion"'),
         ({"math": tmp_path / "missing"}, {}, "cannot read the documents"),
+        ({"math": line("half", '{"text": "\\ud800 a"}')}, {}, "line 1: half a surrogate pair is no text"),
+        ({"math": line("deep", "[" * 100_000)}, {}, "line 1 is no JSON object"),
+        ({"math": line("long", "9" * 5_000)}, {}, "line 1 is no JSON object"),
         ({"math": one}, {}, "no token to predict"),
         ({"math": good}, {"memory": 10}, "--memory: the full moments of one layer take"),
         ({"math": good}, {"batch_tokens": 0}, "--batch-tokens: an integer >= 1 is needed, got 0"),
@@ -531,6 +568,31 @@ def test_a_weighted_store_is_a_store(source: Source, gathered: Path, tmp_path: P
     with pytest.raises(StoreError, match="weighting both, asked for input"):
         build_store(source, tmp_path / "s", metric=Metric(weighting="input", folders=(str(gathered),)))
     open_store(tmp_path / "s").verify()
+
+
+def test_a_metric_that_has_read_moments_can_be_sent(source: Source, gathered: Path) -> None:
+    metric = Metric(weighting="both", folders=(str(gathered),))
+    metric.check(source, source.experts[1:])
+    sent = pickle.loads(pickle.dumps(metric))
+    assert sent == metric
+    assert sent.recipe(KEY) == metric.recipe(KEY)
+
+
+def test_moments_of_another_size_are_refused(source: Source, gathered: Path, tmp_path: Path) -> None:
+    for path in gathered.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        small = {
+            f"{projection}.{side}.diagonal": torch.ones(7, dtype=torch.float64)
+            for projection in PROJECTIONS
+            for side in ("input", "output")
+        }
+        copy = tmp_path / "m" / path.relative_to(gathered)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        save_file(small, copy, about)
+    metric = Metric(weighting="both", folders=(str(tmp_path / "m"),))
+    with pytest.raises(FlexmoreError, match="are not of its size"):
+        build_store(source, tmp_path / "s", metric=metric)
 
 
 def test_a_mixture_of_weighted_factors_is_another_mixture(source: Source, gathered: Path, tmp_path: Path) -> None:

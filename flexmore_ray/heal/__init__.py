@@ -15,7 +15,8 @@ as they are and with their tokens in random order, stand in for them, where they
 to say what the public expert says, so that it does no harm to them. (The full expert does some.)
 
     OUT                     a store like any other, its weighting "healed"
-    OUT/healing/EXPERT.safetensors    factors, Adam's state and the step, every minute: what a killed run goes on from
+    OUT/healing/EXPERT@RUN.safetensors    factors, Adam's state and the step, every minute: what a killed run goes on
+                                          from; RUN stands for texts, weights and settings
 
 Several workers train an expert together: all draw the same batch and ranks, and each takes its share of the documents.
 """
@@ -28,15 +29,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
+from flexmore_ray.atomic import alone
 from flexmore_ray.build import StoreWriter
-from flexmore_ray.errors import UsageError
+from flexmore_ray.errors import StoreError, UsageError
 from flexmore_ray.heal.training import FORMAT, Progress, Settings, Team, Train, Training, rank_of
 from flexmore_ray.moments.files import Metric
 from flexmore_ray.source import Source
 from flexmore_ray.spec import MatrixKey
 from flexmore_ray.spectra import Decomposition, Factors
 from flexmore_ray.storage import AnyPath, open_path
-from flexmore_ray.store import MANIFEST, Entry, FactorStore, open_store
+from flexmore_ray.store import HEALED, MANIFEST, Entry, FactorStore, open_store
 from flexmore_ray.texts import check_owners, read_documents
 
 
@@ -47,7 +49,7 @@ class _Recipe:
     healed: Mapping[str, str]
     """By healed expert; factors of the others are as the store has them."""
     store: FactorStore
-    weighting: str = "healed"
+    weighting: str = HEALED
 
     def recipe(self, key: MatrixKey) -> str:
         return self.healed.get(key.expert) or self.store.entry(key).recipe
@@ -84,10 +86,11 @@ def heal(
         train: trains an expert, such as `workers.Workers`; None means in this process.
 
     Raises:
-        UsageError: an expert that the source has not, no texts; texts that moments count twice.
-        StoreError: the store is of other weights.
+        UsageError: an expert that the source has not, no texts; texts that moments count twice; another run heals
+            into `out`.
+        StoreError: the store is of other weights, or has not all of an expert.
         CheckpointError: the loss is not finite; moments that no text can have.
-        FlexmoreError: `out` is of another run; moments are missing, not finished or of another model.
+        FlexmoreError: moments are missing, not finished or of another model.
     """
     out, settings, metric = open_path(out), settings or Settings(), metric or Metric()
     train = train or functools.partial(Training.heal, team=Team(device))
@@ -98,11 +101,6 @@ def heal(
     check_owners(texts, domain)
     if out.resolve() == store.folder.resolve():
         raise UsageError(f"--out: a store of its own is needed, got {out}, which is --store")
-    before = open_store(out) if (out / MANIFEST).exists() else None
-    if before is not None and before.weighting != "healed":
-        raise UsageError(
-            f"--out: {out} holds a store of weighting {before.weighting}; name a new folder, or one of healed factors"
-        )
     store.check_source(source)
     metric.check(source, list(texts))
     recipes = {}
@@ -110,45 +108,72 @@ def heal(
         keys = source.shape.keys(name)
         begun = [store.recipe(name), str(store.dtype), [rank_of(store, key, settings) for key in keys]]
         coordinates = [metric.recipe(key) for key in keys]
-        about = [FORMAT, name, begun, coordinates, digests[name], digests.get(public), dataclasses.asdict(settings)]
+        weights = [source.base_digest, source.expert_digest(name)]
+        data_digests = [digests[name], digests.get(public)]
+        about = [FORMAT, name, weights, begun, coordinates, data_digests, dataclasses.asdict(settings)]
         recipes[name] = f"healed:{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}"
-    writer = StoreWriter(out, str(store.dtype).removeprefix("torch."), _Recipe(healed=recipes, store=store))
-    entries: list[Entry] = []
-    for name in domain:
-        keys = source.shape.keys(name)
-        if name not in texts and before is not None and _is_healed(before, keys):
-            continue
-        found = [_find(writer, source, store, key, settings) for key in keys]
-        if any(entry is None for entry in found):
-            file = out / "healing" / f"{name}.safetensors"
-            training = Training(source, store, name, file, settings, metric, shared)
-            trained = train(training, texts[name], recipes[name], progress) if name in texts else training.start
-            found = [_put(writer, source, store, key, trained[key]) for key in keys]
-        entries += [entry for entry in found if entry is not None]
-    healed = writer.commit(entries, source)
-    for name in texts:
-        (out / "healing" / f"{name}.safetensors").unlink(missing_ok=True)
+    ranks = {
+        key: rank_of(store, key, settings) if name in texts else store.max_rank(key)
+        for name in domain
+        for key in source.shape.keys(name)
+    }
+    recipe = _Recipe(healed=recipes, store=store)
+    with alone(out / "healing", "flexmore heal"):
+        before = _healed_before(out, source)
+        writer = StoreWriter(out, str(store.dtype).removeprefix("torch."), recipe)
+        entries: list[Entry] = []
+        for name in domain:
+            keys = source.shape.keys(name)
+            if name not in texts and before is not None and _is_healed(before, keys):
+                continue
+            found = [writer.find(key, ranks[key], *_digests(source, key)) for key in keys]
+            if name not in texts:
+                trained = {key: store.factors(key, ranks[key]) for key in keys}
+            elif None in found:
+                file = out / "healing" / f"{name}@{recipes[name].partition(':')[2]}.safetensors"
+                training = Training(source, store, name, file, settings, metric, shared)
+                trained = train(training, texts[name], recipes[name], progress)
+            entries += [
+                entry or _put(writer, source, store, key, trained[key]) for key, entry in zip(keys, found, strict=True)
+            ]
+        healed = writer.commit(entries, source)
+        for name in texts:
+            for path in (out / "healing").glob(f"{name}@*.safetensors"):
+                path.unlink(missing_ok=True)
     return healed
+
+
+def _healed_before(out: AnyPath, source: Source) -> FactorStore | None:
+    """The store that `out` holds already; None where it holds none."""
+    if not (out / MANIFEST).exists():
+        return None
+    before = open_store(out)
+    if before.weighting != HEALED:
+        raise UsageError(
+            f"--out: {out} holds a store of weighting {before.weighting}; name a new folder, or one of healed factors"
+        )
+    try:
+        before.check_source(source)
+    except StoreError:
+        raise UsageError(f"--out: {out} holds healed factors of other weights; name a new folder") from None
+    return before
 
 
 def _is_healed(store: FactorStore, keys: Sequence[MatrixKey]) -> bool:
     return set(keys) <= set(store.keys()) and all(store.entry(key).recipe.startswith("healed:") for key in keys)
 
 
-def _find(writer: StoreWriter, source: Source, store: FactorStore, key: MatrixKey, settings: Settings) -> Entry | None:
-    digests = source.digest(key), source.digest(key._replace(expert=source.experts[0]))
-    return writer.find(key, rank_of(store, key, settings), *digests)
+def _digests(source: Source, key: MatrixKey) -> tuple[str, str]:
+    return source.digest(key), source.digest(key._replace(expert=source.experts[0]))
 
 
 def _put(writer: StoreWriter, source: Source, store: FactorStore, key: MatrixKey, factors: Factors) -> Entry:
-    digests = source.digest(key), source.digest(key._replace(expert=source.experts[0]))
-    values = store.spectrum(key)
     result = Decomposition(
         factors=Factors(factors.a.contiguous(), factors.bt.contiguous()),
-        singular_values=values,
+        singular_values=store.spectrum(key),
         residual_energy=store.residual_energy(key),
-        method="healed",
+        method=HEALED,
         rejected=(),
         error_ratio=store.entry(key).error_ratio,
     )
-    return writer.put(key, result, *digests)
+    return writer.put(key, result, *_digests(source, key))

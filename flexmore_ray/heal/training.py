@@ -60,7 +60,7 @@ class Settings:
         seed: of batches and ranks.
     """
 
-    steps: int = 1000
+    steps: int = 2000
     batch_tokens: int = 1024
     learning_rate: float = 0.02
     max_rank: int | None = None
@@ -128,7 +128,7 @@ class Training:
         """What makes the same in another process; it can be sent there."""
         folder, checkpoint = self._store.folder.resolve(), self._checkpoint.resolve()
         folders = tuple(str(open_path(folder).resolve()) for folder in self._metric.folders)
-        metric = dataclasses.replace(self._metric, folders=folders)  # without the moments that this process has opened
+        metric = dataclasses.replace(self._metric, folders=folders)
         again = (folder, self._name, checkpoint, self._settings, metric, self._public)
         return functools.partial(_open_again, opener(self._source, self._name), *again)
 
@@ -153,11 +153,8 @@ class Training:
             device=str(team.device),
             dtype="float32",
         )
-        documents = self._documents(mixture.tokenizer, texts)
-        if not documents:
-            raise UsageError(f"--data: the texts of {self._name} have no token to predict; longer ones are needed")
-        public = self._documents(mixture.tokenizer, self._public)
-        others = public + _shuffled(public, self._settings.seed)
+        documents = self._documents(mixture.tokenizer, self._name, texts)
+        others = self._others(mixture.tokenizer)
         pairs, trained, adam = self._begin(team.device)
         step = self._restore(trained, adam, recipe)
         steps = torch.tensor(float(step), device=team.device)
@@ -184,9 +181,19 @@ class Training:
                     progress(self._name, step, self._settings.steps, loss)
         return _detached(pairs)
 
-    def _documents(self, tokenizer: Any, texts: Texts) -> list[Document]:
+    def _documents(self, tokenizer: Any, owner: str, texts: Texts) -> list[Document]:
         """Texts that have a token to predict."""
-        return [d for d in encode(tokenizer, texts, self._settings.max_tokens) if len(d.ids) > d.start]
+        documents = [d for d in encode(tokenizer, texts, self._settings.max_tokens) if len(d.ids) > d.start]
+        if not documents:
+            raise UsageError(f"--data: the texts of {owner} have no token to predict; longer ones are needed")
+        return documents
+
+    def _others(self, tokenizer: Any) -> list[Document]:
+        """What stands in for the texts of others: public ones, as they are and shuffled; none where none are given."""
+        if not self._public:
+            return []
+        public = self._documents(tokenizer, self._source.experts[0], self._public)
+        return public + _shuffled(public, self._settings.seed)
 
     def finished(self, recipe: str) -> dict[MatrixKey, Factors]:
         """What other processes have trained.
@@ -214,8 +221,7 @@ class Training:
     def _roots(self, key: MatrixKey, device: str | torch.device) -> tuple[Root | None, Root | None]:
         if self._metric.weighting == "none":
             return None, None
-        digests = self._source.digest(key), self._source.digest(key._replace(expert=self._source.experts[0]))
-        moments = self._metric.moments.matrix(key, *digests).to(device)
+        moments = self._metric.matrix(self._source, key).to(device)
         try:
             return moments.roots(self._metric.weighting, self._metric.damping)
         except ArithmeticError as error:
@@ -246,8 +252,8 @@ class Training:
         value = float(whole)
         if not math.isfinite(value):
             raise CheckpointError(
-                f"expert {self._name}: the loss of step {step + 1} is {value}; lower --learning-rate, or check weights "
-                "and texts; what was trained before is kept"
+                f"expert {self._name}: the loss of step {step + 1} is {value}; check weights and texts, or lower "
+                "--learning-rate, which begins anew"
             )
         for group in adam.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
@@ -278,7 +284,7 @@ class Training:
             with safe_open(str(local_file(self._checkpoint)), framework="pt") as file:
                 about = json.loads((file.metadata() or {})["about"])
                 if (about["format"], about["recipe"]) != (FORMAT, recipe):
-                    return 0  # of other texts or settings
+                    return 0  # of another run
                 with torch.no_grad():
                     for name, parameter in trained.items():
                         parameter.copy_(file.get_tensor(name))

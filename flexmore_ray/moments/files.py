@@ -255,6 +255,9 @@ class Metric:
     folders: tuple[str, ...] = ()
     damping: float = DAMPING
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # without moments that are open
+
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise UsageError(f"--weighting: one of {', '.join(WEIGHTINGS)} is needed, got {self.weighting!r}")
@@ -276,8 +279,26 @@ class Metric:
         """
         if self.weighting != "none":
             for key in (key for expert in experts for key in source.shape.keys(expert)):
-                base = key._replace(expert=source.experts[0])
-                self.moments.check_weights(key, source.digest(key), source.digest(base))
+                self.moments.check_weights(key, *_digests(source, key))
+                if self.moments.identity(key.expert, key.layer)["base"] != source.base_digest:
+                    raise FlexmoreError(
+                        f"{', '.join(self.folders)}: the moments of {key} are of another public model; gather them "
+                        "for this one"
+                    )
+
+    def matrix(self, source: WeightSource, key: MatrixKey) -> MatrixMoments:
+        """The moments of one matrix.
+
+        Raises:
+            FlexmoreError: see `MomentStore.matrix`; or they are of another size.
+        """
+        moments = self.moments.matrix(key, *_digests(source, key))
+        sizes = len(moments.output.diagonal), len(moments.input.diagonal)
+        if sizes != source.shape.matrix(key.projection):
+            raise FlexmoreError(
+                f"{', '.join(self.folders)}: the moments of {key} are not of its size; gather them again"
+            )
+        return moments
 
     def recipe(self, key: MatrixKey) -> str:
         """What decides the factors of a matrix besides its weights; empty in the plain metric."""
@@ -285,3 +306,8 @@ class Metric:
             return ""
         decides = [self.damping, self.moments.identity(key.expert, key.layer)]
         return f"{self.weighting}:{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def _digests(source: WeightSource, key: MatrixKey) -> tuple[str, str]:
+    """Of the expert's matrix, and of the public expert's."""
+    return source.digest(key), source.digest(key._replace(expert=source.experts[0]))

@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ class _Expert:
         done = {n: layer.about["texts"][self._texts][0] for n, layer in layers.items()}
         saved = time.monotonic()
         with replaced_experts(model, {n: functools.partial(_Tapped, tap=tap) for n, tap in taps.items()}):
-            for start, batch in batches(documents, self._batch_tokens, min(done.values())):
+            for start, batch in self._batches(documents, done.values()):
                 stop = start + len(batch)
                 ids, predicted = pad_documents(batch, device)
                 for n, tap in taps.items():
@@ -219,6 +220,12 @@ class _Expert:
                     saved = time.monotonic()
                 if self._progress:
                     self._progress(self._name, number * len(documents) + stop, passes * len(documents))
+
+    def _batches(self, documents: Sequence[Document], done: Iterable[int]) -> Iterator[tuple[int, Sequence[Document]]]:
+        """Batches of what some layer lacks; none that a layer has a part of, whose sizes may have been others."""
+        ends = sorted({*done, len(documents)})
+        for start, stop in itertools.pairwise(ends):
+            yield from batches(documents[:stop], self._batch_tokens, start)
 
     def _check(self, taps: Mapping[int, _Tap], start: int, stop: int) -> None:
         for n, tap in taps.items():
