@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     moments.add_argument("--out", required=True, metavar="DIR", help="folder of the moments; texts are added to it")
     moments.add_argument(
+        "--at", metavar="MIXTURE", help="a mixture file: at its ranks of the experts (default: at the full experts)"
+    )
+    moments.add_argument(
         "--moments", default="full", metavar="FORM", help="full (default), diagonal or low-rank+diagonal"
     )
     moments.add_argument(

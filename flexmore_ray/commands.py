@@ -176,6 +176,7 @@ def run_moments(args: argparse.Namespace) -> Result:
             _named_files(args.data),
             _place(args.out),
             settings,
+            at=args.at,
             memory=parse_budget(args.memory, 0, in_bytes=True, where="--memory"),
             batch_tokens=args.batch_tokens,
             device=args.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -22,6 +23,7 @@ from transformers import FlexOlmoForCausalLM
 from flexmore_ray.atomic import alone
 from flexmore_ray.build import build_store
 from flexmore_ray.errors import CheckpointError, FlexmoreError, StoreError, UsageError
+from flexmore_ray.export import export_mixture
 from flexmore_ray.mixture import check_same_factors, open_mixture
 from flexmore_ray.moments import FORMS, WEIGHTINGS, Form, MatrixMoments, Moment, Weighting, decompose_weighted
 from flexmore_ray.moments.files import LayerMoments, Metric, MomentStore, Settings, layer_file, read_about
@@ -383,6 +385,35 @@ def test_halves_batches_and_passes_add_up(source: Source, tmp_path: Path, form: 
             torch.testing.assert_close(a.diagonal, b.diagonal, rtol=1e-4, atol=1e-4 * float(b.diagonal.max()))
             metric = [expected_metric(m, 0.0) for m in (a, b)]
             torch.testing.assert_close(*metric, rtol=1e-3, atol=1e-3)
+
+
+def test_moments_at_the_ranks_of_a_mixture_are_those_of_its_cut_experts(source: Source, tmp_path: Path) -> None:
+    data = {name: text_file(tmp_path / f"{name}.jsonl", TEXTS[i:]) for i, name in enumerate(source.experts[1:])}
+    store = build_store(source, tmp_path / "s")
+    spec = MixtureSpec(
+        source=tuple(source.describe()), store=str(store.folder), ranks={"math": 3, "news": "full"}, active=2
+    )
+    export_mixture(spec, tmp_path / "cut", "flexolmo")
+    cut = open_source([str(tmp_path / "cut")], source.experts)
+    gather(source, data, tmp_path / "at", at=spec)
+    gather(cut, data, tmp_path / "expected")
+    gather(source, data, tmp_path / "full")
+    for key in (KEY, KEY._replace(layer=0, projection="gate_proj")):
+        assert_same(
+            moments_of([tmp_path / "at"], source, key), moments_of([tmp_path / "expected"], cut, key), rtol=1e-3
+        )
+    both = moments_of([tmp_path / "at", tmp_path / "full"], source)  # the same texts, but not counted twice
+    assert both.tokens == 2 * moments_of([tmp_path / "full"], source).tokens
+    gather(source, data, tmp_path / "at")
+    assert_same(moments_of([tmp_path / "at"], source), both)
+    with pytest.raises(UsageError, match="has texts that another folder has too"):  # news is not cut
+        moments_of([tmp_path / "at", tmp_path / "full"], source, KEY._replace(expert="news"))
+    gather(source, data, tmp_path / "at", at=spec, progress=lambda *_: pytest.fail("all of it was there"))
+    with pytest.raises(UsageError, match="--at: the mixture has no expert news"):
+        gather(source, data, tmp_path / "x", at=dataclasses.replace(spec, ranks={"news": "drop"}))
+    with pytest.raises(UsageError, match="--at: expert math of the mixture has other weights"):
+        gather(cut, data, tmp_path / "x", at=spec)
+    assert not (tmp_path / "x").exists()
 
 
 def test_no_more_moments_are_held_than_memory_is_given(source: Source, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class LayerMoments:
     """Moments of one expert's matrices in one layer, and what they are of.
 
     Attributes:
-        about: format, settings, digests of the weights, and `texts`: by the texts' digest, documents done.
+        about: format, settings, digests of the weights, and `texts`: by the texts' digest, and the two-expert mixture
+            at whose ranks they were read if not at the full expert (DIGEST@ID), documents done.
         matrices: by projection.
     """
 

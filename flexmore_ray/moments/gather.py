@@ -7,6 +7,10 @@ A layer's moments are 3 (in^2 + out^2) numbers: 1.65 GB in float32 at 4096 x 110
 pass over the texts as fit into the memory given, and each pass is forward through the whole model and backward to the
 lowest of these layers. Files are replaced whole, every minute, with how far they are: a run that was killed goes on
 from there. A file remembers which texts it has, so texts that come later are added, and none is counted twice.
+
+Gradients are those at the full expert, or at the ranks of a mixture. What cutting changes is the gradient's integral
+along the way from the one to the other, so moments at both ends, added up, tell more than those at one (the
+trapezoidal rule).
 """
 
 from __future__ import annotations
@@ -26,14 +30,15 @@ from torch import Tensor, nn
 
 from flexmore_ray.atomic import alone, remove_abandoned
 from flexmore_ray.errors import CheckpointError, UsageError
-from flexmore_ray.mixture import load_mixture
+from flexmore_ray.mixture import MixtureLike, load_mixture, open_mixture
 from flexmore_ray.modeling import FlexMoreExperts
 from flexmore_ray.moments import MatrixMoments, Moment
 from flexmore_ray.moments.files import FORMAT, LayerMoments, Settings, layer_file, read_about
 from flexmore_ray.pairs import PairExperts, own_mixture, replaced_experts
 from flexmore_ray.source import Source, with_missing_rows
-from flexmore_ray.spec import PROJECTIONS, MatrixKey, ModelShape
+from flexmore_ray.spec import DROP, FULL, PROJECTIONS, MatrixKey, MixtureSpec, ModelShape
 from flexmore_ray.storage import AnyPath, open_path
+from flexmore_ray.store import FactorSource
 from flexmore_ray.texts import Document, batches, check_owners, encode, pad_documents, read_documents
 
 MEMORY = 4 * 2**30
@@ -54,6 +59,7 @@ def gather(
     folder: str | AnyPath,
     settings: Settings | None = None,
     *,
+    at: MixtureLike | None = None,
     memory: int = MEMORY,
     batch_tokens: int = BATCH_TOKENS,
     device: str = "cpu",
@@ -67,6 +73,7 @@ def gather(
         data: by expert the file of its owner's texts, see `texts.read_documents`.
         folder: made if it is missing.
         settings: of the moments; None means their defaults.
+        at: a mixture, at whose ranks of the experts gradients are taken; None means the full experts.
         memory: bytes of moments to hold at once; decides how many layers one pass covers.
         batch_tokens: tokens of one forward and backward pass, padding included.
         device: where to compute.
@@ -77,8 +84,8 @@ def gather(
         Predicted tokens by expert, over all texts that the folder has.
 
     Raises:
-        UsageError: an expert that the source has not, no texts, memory for less than one layer, a folder that cannot
-            be written or that another run writes to.
+        UsageError: an expert that the source has not, or `at` drops, no texts, memory for less than one layer, a
+            folder that cannot be written or that another run writes to; `at` is of other weights.
         FlexmoreError: gradients are not finite; what the folder has is of another model or other settings.
     """
     folder, settings = open_path(folder), settings or Settings()
@@ -91,11 +98,12 @@ def gather(
             f"--memory: the {settings.form} moments of one layer take {each:,} bytes, got {memory:,}; give more, or "
             "choose --moments low-rank+diagonal"
         )
+    points = {name: _Point.of(source, name, at) for name in data}
     read = {name: read_documents(path) for name, path in data.items()}  # all of them before anything is computed
     tokens = {}
     for name, path in data.items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        run = _Expert(source, name, digest, folder, settings, device, dtype, batch_tokens, progress)
+        run = _Expert(source, name, points[name], digest, folder, settings, device, dtype, batch_tokens, progress)
         tokens[name] = run.gather(read[name], memory // each)
     return tokens
 
@@ -110,6 +118,30 @@ def layer_bytes(shape: ModelShape, settings: Settings) -> int:
     return total
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Point:
+    """Where gradients are taken: the two-expert mixture, and what tells its texts from those at the full expert."""
+
+    spec: MixtureSpec
+    factors: FactorSource | None = None
+    suffix: str = ""
+
+    @classmethod
+    def of(cls, source: Source, name: str, mixture: MixtureLike | None) -> _Point:
+        if mixture is None:
+            return cls(spec=own_mixture(source, name))
+        parts = open_mixture(mixture)
+        rank = parts.spec.ranks.get(name, FULL) if name in parts.source.experts else DROP
+        if rank == DROP:
+            raise UsageError(f"--at: the mixture has no expert {name}; give no texts of it, or another mixture")
+        theirs = parts.source.with_own_rows
+        if [theirs.base_digest, theirs.expert_digest(name)] != [source.base_digest, source.expert_digest(name)]:
+            raise UsageError(f"--at: expert {name} of the mixture has other weights than that of the source")
+        own = dataclasses.replace(parts, source=theirs).with_spec(own_mixture(theirs, name, rank))
+        suffix = f"@{own.identified().mixture_id}" if own.is_cut(name) else ""
+        return cls(spec=own_mixture(source, name, rank), factors=own.factors, suffix=suffix)
+
+
 class _Expert:
     """The work on one expert."""
 
@@ -117,6 +149,7 @@ class _Expert:
         self,
         source: Source,
         name: str,
+        point: _Point,
         texts: str,
         folder: AnyPath,
         settings: Settings,
@@ -125,10 +158,15 @@ class _Expert:
         batch_tokens: int,
         progress: Progress | None,
     ) -> None:
-        self._source, self._name, self._texts, self._folder = source, name, texts, folder
+        self._source, self._name, self._texts, self._folder = source, name, texts + point.suffix, folder
         self._settings, self._batch_tokens, self._progress = settings, batch_tokens, progress
         self._load = functools.partial(
-            load_mixture, own_mixture(source, name), source=with_missing_rows(source), device=device, dtype=dtype
+            load_mixture,
+            point.spec,
+            source=with_missing_rows(source),
+            factors=point.factors,
+            device=device,
+            dtype=dtype,
         )
 
     def gather(self, texts: Sequence[tuple[str, str]], layers_at_once: int) -> int:
