@@ -184,7 +184,9 @@ def run_moments(args: argparse.Namespace) -> Result:
             progress=advance,
         )
     print(columns([["expert", "predicted tokens"], *([name, f"{count:,}"] for name, count in tokens.items())]))
-    print(f"\n{args.out}: {settings.form} moments; next: flexmore decompose ... --weighting both --moments {args.out}")
+    others = "" if args.at is None else "DIR "  # those at the full experts
+    command = f"flexmore decompose ... --weighting both --moments {others}{args.out}"
+    print(f"\n{args.out}: {settings.form} moments; next: {command}")
     return {"out": str(args.out), "moments": settings.form, "tokens": tokens}
 
 

@@ -303,6 +303,7 @@ def test_what_cannot_be_healed_is_refused_in_one_line(
         build_store(source, tmp_path / "plain", max_rank=2)
         with pytest.raises(UsageError, match=message):
             heal(source, store, data, place, SHORT)
+        assert not (place / "healing").exists()
     other = random_model(3, active=2, vocab_size=128, seed=1)
     write(other, tmp_path / "other", expert_names=["public", "math", "news"])
     write_tokenizer(tmp_path / "other")

@@ -118,6 +118,7 @@ def heal(
         for key in source.shape.keys(name)
     }
     recipe = _Recipe(healed=recipes, store=store)
+    _healed_before(out, source)  # refused before anything is written there
     with alone(out / "healing", "flexmore heal"):
         before = _healed_before(out, source)
         writer = StoreWriter(out, str(store.dtype).removeprefix("torch."), recipe)
@@ -127,14 +128,14 @@ def heal(
             if name not in texts and before is not None and _is_healed(before, keys):
                 continue
             found = [writer.find(key, ranks[key], *_digests(source, key)) for key in keys]
-            if name not in texts:
-                trained = {key: store.factors(key, ranks[key]) for key in keys}
-            elif None in found:
+            trained: Mapping[MatrixKey, Factors] = {}
+            if name in texts and None in found:
                 file = out / "healing" / f"{name}@{recipes[name].partition(':')[2]}.safetensors"
                 training = Training(source, store, name, file, settings, metric, shared)
                 trained = train(training, texts[name], recipes[name], progress)
             entries += [
-                entry or _put(writer, source, store, key, trained[key]) for key, entry in zip(keys, found, strict=True)
+                entry or _put(writer, source, store, key, trained.get(key) or store.factors(key, ranks[key]))
+                for key, entry in zip(keys, found, strict=True)
             ]
         healed = writer.commit(entries, source)
         for name in texts:
