@@ -127,9 +127,10 @@ def _complete_store(parts: Parts, keys: Iterable[MatrixKey]) -> FactorStore:
     full = parts.source.shape.full_rank
     for key in keys:
         if store.max_rank(key) < full:
-            again = "heal to another --out" if store.weighting == HEALED else "decompose into it again"
+            again = "decompose into it again without --max-rank"
+            if store.weighting == HEALED:
+                again = "heal without --max-rank, from a store that was decomposed without it"
             raise StoreError(
-                f"{store.folder}: holds rank {store.max_rank(key)} of {key}, and a rule needs all {full}; {again} "
-                "without --max-rank"
+                f"{store.folder}: holds rank {store.max_rank(key)} of {key}, and a rule needs all {full}; {again}"
             )
     return store

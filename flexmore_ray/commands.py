@@ -183,7 +183,8 @@ def run_moments(args: argparse.Namespace) -> Result:
             dtype=args.dtype,
             progress=advance,
         )
-    print(columns([["expert", "predicted tokens"], *([name, f"{count:,}"] for name, count in tokens.items())]))
+    rows = [[name, f"{tokens[name]:,}" if name in tokens else "left full"] for name in _named_files(args.data)]
+    print(columns([["expert", "predicted tokens"], *rows]))
     others = "" if args.at is None else "DIR "  # those at the full experts
     command = f"flexmore decompose ... --weighting both --moments {others}{args.out}"
     print(f"\n{args.out}: {settings.form} moments; next: {command}")

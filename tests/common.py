@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
-from flexmore_ray.spec import PROJECTIONS
+from flexmore_ray.export import export_mixture
+from flexmore_ray.source import Source
+from flexmore_ray.spec import PROJECTIONS, MixtureSpec
 
 NAMES = ("public", "math", "news", "code")
 SIZES = {
@@ -127,3 +129,11 @@ def set_active(model: FlexOlmoForCausalLM, active: int) -> None:
     model.config.num_experts_per_tok = active
     for layer in model.model.layers:
         layer.mlp.gate.top_k = active
+
+
+def adapter_without_row(source: Source, expert: str, rank: int, folder: Path) -> Path:
+    """A domain expert as a PEFT adapter, born at a rank and with no router row, as others write them."""
+    ranks = dict.fromkeys(source.experts[1:], "drop") | {expert: rank}
+    export_mixture(MixtureSpec(source=tuple(source.describe()), ranks=ranks), folder, "peft")
+    (folder / expert / "router.safetensors").unlink()
+    return folder / expert

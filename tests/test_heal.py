@@ -32,7 +32,7 @@ from flexmore_ray.spec import MatrixKey, MixtureSpec
 from flexmore_ray.store import MANIFEST, FactorStore
 from flexmore_ray.texts import Document, encode, pad_documents
 from flexmore_ray.zoo.tokenizer import write_tokenizer
-from tests.common import random_model, write
+from tests.common import adapter_without_row, random_model, write
 
 KEY = MatrixKey("math", 1, "up_proj")
 TEXTS = [f"{a}+{b}={a + b}\n" for a, b in itertools.product((1, 12, 7, 30), (3, 25, 8))]
@@ -354,10 +354,12 @@ def test_another_trunk_is_healed_anew_and_needs_moments_of_its_own(
 ) -> None:
     trunk = other_model(tmp_path / "m", experts=False)
     store.check_source(trunk)  # the experts are the same
-    heal(source, store, data, tmp_path / "h", SHORT)
-    steps: list[int] = []
-    heal(trunk, store, data, tmp_path / "h", SHORT, progress=lambda _, done, *__: steps.append(done))
-    assert steps == [1, 2, 3, 4, 5, 6]
+    healed = heal(source, store, data, tmp_path / "h", SHORT)
+    for name in ("math", "news"):  # what is there would be mixed with it
+        with pytest.raises(UsageError, match="holds healed factors of other weights"):
+            heal(trunk, store, {name: data["math"]}, tmp_path / "h", SHORT)
+    other = heal(trunk, store, data, tmp_path / "other", SHORT)
+    assert not torch.equal(other.factors(KEY, 12).a, healed.factors(KEY, 12).a)
     with pytest.raises(FlexmoreError, match="are of another public model"):
         heal(trunk, store, data, tmp_path / "w", SHORT, metric=metric)
 
@@ -375,6 +377,18 @@ def test_what_could_not_be_committed_is_refused_before_training(
     without = build_store(source.without(["news"]), tmp_path / "part", max_rank=4)
     with pytest.raises(StoreError, match="no factors of expert news"):
         heal(source, without, data, tmp_path / "out", SHORT, progress=begun)
+    news = build_store(source.without(["math"]), tmp_path / "news", max_rank=12)  # all that its owner has
+    heal(source, store, data, tmp_path / "both", SHORT)
+    assert heal(source, news, {"news": data["math"]}, tmp_path / "both", SHORT).recipe("math")
+
+
+def test_an_adapter_without_a_router_row_is_healed(source: Source, data: dict[str, Path], tmp_path: Path) -> None:
+    folder = adapter_without_row(source, "math", 4, tmp_path / "peft")
+    both = open_source([*source.describe(), f"mine={folder}"])
+    store = build_store(both, tmp_path / "s", max_rank=4)
+    healed = heal(both, store, {"mine": data["math"]}, tmp_path / "h", SHORT)
+    key = KEY._replace(expert="mine")
+    assert not torch.equal(healed.factors(key, 2).a, store.factors(key, 2).a)
 
 
 def test_a_highest_rank_is_that_of_what_is_healed(
@@ -411,6 +425,9 @@ def test_a_checkpoint_of_other_settings_or_damaged(
         heal(source, store, data, tmp_path / "h", longer, progress=stop)
     heal(source, store, data, tmp_path / "h", SHORT, progress=lambda _, done, *__: steps.append(done))
     assert steps == [2, 3, 4, 5, 6]  # a trial with other settings, which make other factors, has lost nothing
+    steps.clear()
+    heal(source, store, data, tmp_path / "h", longer, progress=lambda _, done, *__: steps.append(done))
+    assert steps == [2, 3]  # nor has the trial
     assert not list((tmp_path / "h" / "healing").glob("*.safetensors"))
     with pytest.raises(KeyboardInterrupt):
         heal(source, store, data, tmp_path / "d", SHORT, progress=stop)

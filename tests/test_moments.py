@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import FlexOlmoForCausalLM
 
+from flexmore_ray.__main__ import main
 from flexmore_ray.atomic import alone
 from flexmore_ray.build import build_store
 from flexmore_ray.errors import CheckpointError, FlexmoreError, StoreError, UsageError
@@ -35,7 +36,7 @@ from flexmore_ray.spectra import Factors, discarded_energy
 from flexmore_ray.store import open_store
 from flexmore_ray.texts import Document, batches, encode
 from flexmore_ray.zoo.tokenizer import write_tokenizer
-from tests.common import random_model, write
+from tests.common import adapter_without_row, random_model, write
 
 KEY = MatrixKey("math", 1, "down_proj")
 TEXTS = [f"{a}+{b}={a + b}\n" for a, b in itertools.product((1, 12, 7, 30), (3, 25, 8))]
@@ -399,21 +400,63 @@ def test_moments_at_the_ranks_of_a_mixture_are_those_of_its_cut_experts(source: 
     gather(cut, data, tmp_path / "expected")
     gather(source, data, tmp_path / "full")
     for key in (KEY, KEY._replace(layer=0, projection="gate_proj")):
-        assert_same(
-            moments_of([tmp_path / "at"], source, key), moments_of([tmp_path / "expected"], cut, key), rtol=1e-3
-        )
-    both = moments_of([tmp_path / "at", tmp_path / "full"], source)  # the same texts, but not counted twice
-    assert both.tokens == 2 * moments_of([tmp_path / "full"], source).tokens
+        found, expected = moments_of([tmp_path / "at"], source, key), moments_of([tmp_path / "expected"], cut, key)
+        assert_same(found, expected, rtol=1e-3)
+        with pytest.raises(AssertionError):
+            assert_same(found, moments_of([tmp_path / "full"], source, key), rtol=1e-3)
+    ends = [tmp_path / "full", tmp_path / "at"]
+    both = moments_of(ends, source)  # the same texts, but not counted twice
+    assert both.tokens == 2 * moments_of(ends[:1], source).tokens
+    news = KEY._replace(expert="news")  # is not cut, so its ends are one
+    assert_same(moments_of(ends, source, news), moments_of(ends[:1], source, news))
+    gather(source, data, tmp_path / "at", at=spec, progress=lambda *_: pytest.fail("all of it was there"))
+    with pytest.raises(UsageError, match="holds moments at the ranks of another mixture"):
+        gather(source, data, tmp_path / "at", at=dataclasses.replace(spec, ranks={"math": 4}))
     gather(source, data, tmp_path / "at")
     assert_same(moments_of([tmp_path / "at"], source), both)
-    with pytest.raises(UsageError, match="has texts that another folder has too"):  # news is not cut
-        moments_of([tmp_path / "at", tmp_path / "full"], source, KEY._replace(expert="news"))
-    gather(source, data, tmp_path / "at", at=spec, progress=lambda *_: pytest.fail("all of it was there"))
+    with pytest.raises(UsageError, match="--at: the mixture cuts none of these experts"):
+        gather(source, {"news": data["news"]}, tmp_path / "x", at=spec)
     with pytest.raises(UsageError, match="--at: the mixture has no expert news"):
         gather(source, data, tmp_path / "x", at=dataclasses.replace(spec, ranks={"news": "drop"}))
     with pytest.raises(UsageError, match="--at: expert math of the mixture has other weights"):
         gather(cut, data, tmp_path / "x", at=spec)
     assert not (tmp_path / "x").exists()
+
+
+def test_moments_of_an_adapter_without_a_router_row(source: Source, tmp_path: Path) -> None:
+    folder = adapter_without_row(source, "math", 4, tmp_path / "peft")
+    both = open_source([*source.describe(), f"mine={folder}"])
+    data = {"mine": text_file(tmp_path / "math.jsonl", TEXTS)}
+    key = KEY._replace(expert="mine")
+    gather(both, data, tmp_path / "m")
+    dropped = dict.fromkeys(source.experts[1:], "drop")
+    with pytest.raises(UsageError, match="--at: the mixture cuts none of these experts"):  # as it was made
+        gather(both, data, tmp_path / "x", at=MixtureSpec(source=tuple(both.describe()), ranks=dropped | {"mine": 4}))
+    gather(both, data, tmp_path / "ends", at=MixtureSpec(source=tuple(both.describe()), ranks=dropped | {"mine": 2}))
+    with pytest.raises(AssertionError):
+        assert_same(moments_of([tmp_path / "m"], both, key), moments_of([tmp_path / "ends"], both, key))
+
+
+def test_both_ends_from_the_command_line(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [f"{name}={text_file(tmp_path / f'{name}.jsonl', TEXTS)}" for name in source.experts[1:]]
+    build_store(source, tmp_path / "s")
+    spec = MixtureSpec(source=tuple(source.describe()), store="s", ranks={"math": 3, "news": "full"}, active=2)
+    spec.save(tmp_path / "cut.yaml")
+
+    def run(*words: str) -> str:
+        assert main([*words[:1], *source.describe(), *words[1:]]) == 0
+        return capsys.readouterr().out
+
+    run("moments", "--out", "full", "--data", *texts)
+    said = run("moments", "--at", "cut.yaml", "--out", "ends", "--data", *texts)
+    assert "left full" in said
+    *_, command = said.splitlines()
+    assert command.endswith("next: flexmore decompose ... --weighting both --moments DIR ends")
+    run("decompose", "--store", "both", "--weighting", "both", "--moments", "full", "ends")
+    assert open_store(tmp_path / "both").weighting == "both"
 
 
 def test_no_more_moments_are_held_than_memory_is_given(source: Source, tmp_path: Path) -> None:

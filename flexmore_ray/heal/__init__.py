@@ -16,7 +16,7 @@ to say what the public expert says, so that it does no harm to them. (The full e
 
     OUT                     a store like any other, its weighting "healed"
     OUT/healing/EXPERT@RUN.safetensors    factors, Adam's state and the step, every minute: what a killed run goes on
-                                          from; RUN stands for texts, weights and settings
+                                          from; RUN stands for texts, weights, moments and settings
 
 Several workers train an expert together: all draw the same batch and ranks, and each takes its share of the documents.
 """
@@ -34,7 +34,7 @@ from flexmore_ray.build import StoreWriter
 from flexmore_ray.errors import StoreError, UsageError
 from flexmore_ray.heal.training import FORMAT, Progress, Settings, Team, Train, Training, rank_of
 from flexmore_ray.moments.files import Metric
-from flexmore_ray.source import Source
+from flexmore_ray.source import Source, with_missing_rows
 from flexmore_ray.spec import MatrixKey
 from flexmore_ray.spectra import Decomposition, Factors
 from flexmore_ray.storage import AnyPath, open_path
@@ -104,43 +104,48 @@ def heal(
     store.check_source(source)
     metric.check(source, list(texts))
     recipes = {}
+    base, whole = source.base_digest, with_missing_rows(source)
     for name in texts:
         keys = source.shape.keys(name)
         begun = [store.recipe(name), str(store.dtype), [rank_of(store, key, settings) for key in keys]]
         coordinates = [metric.recipe(key) for key in keys]
-        weights = [source.base_digest, source.expert_digest(name)]
+        weights = [base, whole.expert_digest(name)]
         data_digests = [digests[name], digests.get(public)]
         about = [FORMAT, name, weights, begun, coordinates, data_digests, dataclasses.asdict(settings)]
-        recipes[name] = f"healed:{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}"
-    ranks = {
-        key: rank_of(store, key, settings) if name in texts else store.max_rank(key)
-        for name in domain
-        for key in source.shape.keys(name)
-    }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+        recipes[name] = f"healed:{base[:16]}:{digest}"
     recipe = _Recipe(healed=recipes, store=store)
     _healed_before(out, source)  # refused before anything is written there
     with alone(out / "healing", "flexmore heal"):
         before = _healed_before(out, source)
         writer = StoreWriter(out, str(store.dtype).removeprefix("torch."), recipe)
+        made = [
+            name
+            for name in domain
+            if name in texts or before is None or not _is_healed(before, source.shape.keys(name))
+        ]
+        ranks = {
+            key: rank_of(store, key, settings) if name in texts else store.max_rank(key)
+            for name in made
+            for key in source.shape.keys(name)
+        }
         entries: list[Entry] = []
-        for name in domain:
+        files: list[AnyPath] = []
+        for name in made:
             keys = source.shape.keys(name)
-            if name not in texts and before is not None and _is_healed(before, keys):
-                continue
             found = [writer.find(key, ranks[key], *_digests(source, key)) for key in keys]
             trained: Mapping[MatrixKey, Factors] = {}
             if name in texts and None in found:
-                file = out / "healing" / f"{name}@{recipes[name].partition(':')[2]}.safetensors"
-                training = Training(source, store, name, file, settings, metric, shared)
+                files.append(out / "healing" / f"{name}@{recipes[name].rpartition(':')[2]}.safetensors")
+                training = Training(source, store, name, files[-1], settings, metric, shared)
                 trained = train(training, texts[name], recipes[name], progress)
             entries += [
                 entry or _put(writer, source, store, key, trained.get(key) or store.factors(key, ranks[key]))
                 for key, entry in zip(keys, found, strict=True)
             ]
         healed = writer.commit(entries, source)
-        for name in texts:
-            for path in (out / "healing").glob(f"{name}@*.safetensors"):
-                path.unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
     return healed
 
 
@@ -153,10 +158,15 @@ def _healed_before(out: AnyPath, source: Source) -> FactorStore | None:
         raise UsageError(
             f"--out: {out} holds a store of weighting {before.weighting}; name a new folder, or one of healed factors"
         )
+    keys, ours = before.keys(), f"healed:{source.base_digest[:16]}:"
+    recipes = [before.entry(key).recipe for key in keys]
+    same = all(recipe.startswith(ours) for recipe in recipes if recipe.startswith("healed:"))
     try:
         before.check_source(source)
     except StoreError:
-        raise UsageError(f"--out: {out} holds healed factors of other weights; name a new folder") from None
+        same = False
+    if not same:
+        raise UsageError(f"--out: {out} holds healed factors of other weights; name a new folder")
     return before
 
 

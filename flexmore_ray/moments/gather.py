@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from flexmore_ray.atomic import alone, remove_abandoned
 from flexmore_ray.errors import CheckpointError, UsageError
-from flexmore_ray.mixture import MixtureLike, load_mixture, open_mixture
+from flexmore_ray.mixture import MixtureLike, Parts, load_mixture, open_mixture
 from flexmore_ray.modeling import FlexMoreExperts
 from flexmore_ray.moments import MatrixMoments, Moment
 from flexmore_ray.moments.files import FORMAT, LayerMoments, Settings, layer_file, read_about
@@ -73,7 +73,8 @@ def gather(
         data: by expert the file of its owner's texts, see `texts.read_documents`.
         folder: made if it is missing.
         settings: of the moments; None means their defaults.
-        at: a mixture, at whose ranks of the experts gradients are taken; None means the full experts.
+        at: a mixture, at whose ranks of the experts gradients are taken, each folder for one mixture; None means the
+            full experts. Of an expert that it leaves full nothing is gathered: its two ends are one.
         memory: bytes of moments to hold at once; decides how many layers one pass covers.
         batch_tokens: tokens of one forward and backward pass, padding included.
         device: where to compute.
@@ -81,11 +82,12 @@ def gather(
         progress: told of what is done.
 
     Returns:
-        Predicted tokens by expert, over all texts that the folder has.
+        Predicted tokens by expert that was gathered, over all texts that the folder has.
 
     Raises:
         UsageError: an expert that the source has not, or `at` drops, no texts, memory for less than one layer, a
-            folder that cannot be written or that another run writes to; `at` is of other weights.
+            folder that cannot be written or that another run writes to; `at` is of other weights, or cuts none of
+            these experts.
         FlexmoreError: gradients are not finite; what the folder has is of another model or other settings.
     """
     folder, settings = open_path(folder), settings or Settings()
@@ -98,12 +100,12 @@ def gather(
             f"--memory: the {settings.form} moments of one layer take {each:,} bytes, got {memory:,}; give more, or "
             "choose --moments low-rank+diagonal"
         )
-    points = {name: _Point.of(source, name, at) for name in data}
+    points = _full_experts(source, data) if at is None else _cut_experts(source, data, open_mixture(at))
     read = {name: read_documents(path) for name, path in data.items()}  # all of them before anything is computed
     tokens = {}
-    for name, path in data.items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        run = _Expert(source, name, points[name], digest, folder, settings, device, dtype, batch_tokens, progress)
+    for name, point in points.items():
+        digest = hashlib.sha256(data[name].read_bytes()).hexdigest()
+        run = _Expert(source, name, point, digest, folder, settings, device, dtype, batch_tokens, progress)
         tokens[name] = run.gather(read[name], memory // each)
     return tokens
 
@@ -126,20 +128,29 @@ class _Point:
     factors: FactorSource | None = None
     suffix: str = ""
 
-    @classmethod
-    def of(cls, source: Source, name: str, mixture: MixtureLike | None) -> _Point:
-        if mixture is None:
-            return cls(spec=own_mixture(source, name))
-        parts = open_mixture(mixture)
-        rank = parts.spec.ranks.get(name, FULL) if name in parts.source.experts else DROP
+
+def _full_experts(source: Source, names: Iterable[str]) -> dict[str, _Point]:
+    return {name: _Point(spec=own_mixture(source, name)) for name in names}
+
+
+def _cut_experts(source: Source, names: Iterable[str], parts: Parts) -> dict[str, _Point]:
+    """By expert, of those that a mixture cuts, where gradients are taken."""
+    ours, theirs = with_missing_rows(source), with_missing_rows(parts.source.with_own_rows)
+    same_base = theirs.base_digest == ours.base_digest
+    points = {}
+    for name in names:
+        rank = parts.spec.ranks.get(name, FULL) if name in theirs.experts else DROP
         if rank == DROP:
             raise UsageError(f"--at: the mixture has no expert {name}; give no texts of it, or another mixture")
-        theirs = parts.source.with_own_rows
-        if [theirs.base_digest, theirs.expert_digest(name)] != [source.base_digest, source.expert_digest(name)]:
+        if not same_base or theirs.expert_digest(name) != ours.expert_digest(name):
             raise UsageError(f"--at: expert {name} of the mixture has other weights than that of the source")
         own = dataclasses.replace(parts, source=theirs).with_spec(own_mixture(theirs, name, rank))
-        suffix = f"@{own.identified().mixture_id}" if own.is_cut(name) else ""
-        return cls(spec=own_mixture(source, name, rank), factors=own.factors, suffix=suffix)
+        if own.is_cut(name):
+            suffix = f"@{own.identified().mixture_id}"
+            points[name] = _Point(spec=own_mixture(source, name, rank), factors=own.factors, suffix=suffix)
+    if not points:
+        raise UsageError("--at: the mixture cuts none of these experts; moments without --at are all there is to know")
+    return points
 
 
 class _Expert:
@@ -207,6 +218,9 @@ class _Expert:
                     raise UsageError(f"{path}: holds moments of another {rule}; name another folder with --out")
         else:
             about = expected | {"texts": {}}
+        digest, at, _ = self._texts.partition("@")
+        if at and any(other.startswith(f"{digest}@") and other != self._texts for other in about["texts"]):
+            raise UsageError(f"{path}: holds moments at the ranks of another mixture; name another folder with --out")
         about["texts"].setdefault(self._texts, [0, documents])
         return about
 
