@@ -45,7 +45,7 @@ class UnwrittenSource:
             "num_attention_heads": shape.num_heads,
             "vocab_size": shape.vocab_size,
         }
-        self.trunk = SimpleNamespace(config={"num_experts_per_tok": 4})
+        self.trunk = SimpleNamespace(config={"num_experts_per_tok": 4}, folder=Path("unwritten"))
 
     def shared(self, name: str) -> Tensor:
         return torch.empty(shared_tensors(self.shape)[name], dtype=self.dtype)
