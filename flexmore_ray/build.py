@@ -42,6 +42,7 @@ from flexmore_ray.store import (
     WeightSource,
     check_digests,
     check_rows,
+    delta_digests,
     file_sha256,
     manifest_checksum,
     one_line,
@@ -300,7 +301,7 @@ def build_store(
     keys = matrix_keys(source)
     entries, decomposed = [], 0
     for done, key in enumerate(keys, 1):
-        digests = source.digest(key), source.digest(key._replace(expert=source.experts[0]))
+        digests = delta_digests(source, key)
         entry = writer.find(key, target_rank(source, key, max_rank), *digests, thorough=thorough)
         action = "kept"
         if entry is None:

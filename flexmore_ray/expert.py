@@ -29,7 +29,15 @@ from flexmore_ray.source import Source, open_source, resolve_folder
 from flexmore_ray.spec import MatrixKey
 from flexmore_ray.spectra import Factors
 from flexmore_ray.storage import AnyPath, open_path
-from flexmore_ray.store import STORE_DTYPES, Entry, WeightSource, parse_device, read_factors, read_spectrum
+from flexmore_ray.store import (
+    STORE_DTYPES,
+    Entry,
+    WeightSource,
+    delta_digests,
+    parse_device,
+    read_factors,
+    read_spectrum,
+)
 
 MEMORY = 4 * 2**30
 """Bytes of factors that an expert holds unless told otherwise."""
@@ -288,7 +296,7 @@ class Expert:
     def _obtain(self, key: MatrixKey, *, thorough: bool = False) -> tuple[Entry, Factors | None]:
         """A matrix's entry in the store; its factors too, where it had to be decomposed for it."""
         source, writer, device = self._open()
-        digests = source.digest(key), source.digest(key._replace(expert=source.experts[0]))
+        digests = delta_digests(source, key)
         entry, factors = writer.find(key, self.max_rank(key), *digests, thorough=thorough), None
         if entry is None:
             with self._computing:

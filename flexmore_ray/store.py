@@ -322,6 +322,11 @@ def open_store(folder: str | AnyPath) -> FactorStore:
     return FactorStore(open_path(folder))
 
 
+def delta_digests(source: WeightSource, key: MatrixKey) -> tuple[str, str]:
+    """SHA-256 of the two matrices that a delta is the difference of: the expert's, the public expert's."""
+    return source.digest(key), source.digest(key._replace(expert=source.experts[0]))
+
+
 def check_digests(folder: AnyPath, entries: Iterable[Entry], source: WeightSource) -> None:
     """Compare the weights that entries were computed from with a source's.
 

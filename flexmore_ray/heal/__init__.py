@@ -38,7 +38,7 @@ from flexmore_ray.source import Source, with_missing_rows
 from flexmore_ray.spec import MatrixKey
 from flexmore_ray.spectra import Decomposition, Factors
 from flexmore_ray.storage import AnyPath, open_path
-from flexmore_ray.store import HEALED, MANIFEST, Entry, FactorStore, open_store
+from flexmore_ray.store import HEALED, MANIFEST, Entry, FactorStore, delta_digests, open_store
 from flexmore_ray.texts import check_owners, read_documents
 
 
@@ -133,7 +133,7 @@ def heal(
         files: list[AnyPath] = []
         for name in made:
             keys = source.shape.keys(name)
-            found = [writer.find(key, ranks[key], *_digests(source, key)) for key in keys]
+            found = [writer.find(key, ranks[key], *delta_digests(source, key)) for key in keys]
             trained: Mapping[MatrixKey, Factors] = {}
             if name in texts and None in found:
                 files.append(out / "healing" / f"{name}@{recipes[name].rpartition(':')[2]}.safetensors")
@@ -174,10 +174,6 @@ def _is_healed(store: FactorStore, keys: Sequence[MatrixKey]) -> bool:
     return set(keys) <= set(store.keys()) and all(store.entry(key).recipe.startswith("healed:") for key in keys)
 
 
-def _digests(source: Source, key: MatrixKey) -> tuple[str, str]:
-    return source.digest(key), source.digest(key._replace(expert=source.experts[0]))
-
-
 def _put(writer: StoreWriter, source: Source, store: FactorStore, key: MatrixKey, factors: Factors) -> Entry:
     result = Decomposition(
         factors=Factors(factors.a.contiguous(), factors.bt.contiguous()),
@@ -187,4 +183,4 @@ def _put(writer: StoreWriter, source: Source, store: FactorStore, key: MatrixKey
         rejected=(),
         error_ratio=store.entry(key).error_ratio,
     )
-    return writer.put(key, result, *_digests(source, key))
+    return writer.put(key, result, *delta_digests(source, key))

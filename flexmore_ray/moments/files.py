@@ -23,7 +23,7 @@ from flexmore_ray.moments import DAMPING, FORMS, SKETCH_ROWS, WEIGHTINGS, Form, 
 from flexmore_ray.spec import PROJECTIONS, MatrixKey
 from flexmore_ray.storage import AnyPath, StorageError, open_path
 from flexmore_ray.storage.cache import local_file
-from flexmore_ray.store import WeightSource, write_safetensors
+from flexmore_ray.store import WeightSource, delta_digests, write_safetensors
 
 FORMAT = "flexmore-moments-1"
 MAX_TOKENS = 512
@@ -280,7 +280,7 @@ class Metric:
         """
         if self.weighting != "none":
             for key in (key for expert in experts for key in source.shape.keys(expert)):
-                self.moments.check_weights(key, *_digests(source, key))
+                self.moments.check_weights(key, *delta_digests(source, key))
                 if self.moments.identity(key.expert, key.layer)["base"] != source.base_digest:
                     raise FlexmoreError(
                         f"{', '.join(self.folders)}: the moments of {key} are of another public model; gather them "
@@ -293,7 +293,7 @@ class Metric:
         Raises:
             FlexmoreError: see `MomentStore.matrix`; or they are of another size.
         """
-        moments = self.moments.matrix(key, *_digests(source, key))
+        moments = self.moments.matrix(key, *delta_digests(source, key))
         sizes = len(moments.output.diagonal), len(moments.input.diagonal)
         if sizes != source.shape.matrix(key.projection):
             raise FlexmoreError(
@@ -307,8 +307,3 @@ class Metric:
             return ""
         decides = [self.damping, self.moments.identity(key.expert, key.layer)]
         return f"{self.weighting}:{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]}"
-
-
-def _digests(source: WeightSource, key: MatrixKey) -> tuple[str, str]:
-    """Of the expert's matrix, and of the public expert's."""
-    return source.digest(key), source.digest(key._replace(expert=source.experts[0]))

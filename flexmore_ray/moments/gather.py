@@ -38,7 +38,7 @@ from flexmore_ray.pairs import PairExperts, own_mixture, replaced_experts
 from flexmore_ray.source import Source, with_missing_rows
 from flexmore_ray.spec import DROP, FULL, PROJECTIONS, MatrixKey, MixtureSpec, ModelShape
 from flexmore_ray.storage import AnyPath, open_path
-from flexmore_ray.store import FactorSource
+from flexmore_ray.store import FactorSource, delta_digests
 from flexmore_ray.texts import Document, batches, check_owners, encode, pad_documents, read_documents
 
 MEMORY = 4 * 2**30
@@ -136,7 +136,7 @@ def _full_experts(source: Source, names: Iterable[str]) -> dict[str, _Point]:
 def _cut_experts(source: Source, names: Iterable[str], parts: Parts) -> dict[str, _Point]:
     """By expert, of those that a mixture cuts, where gradients are taken."""
     ours, theirs = with_missing_rows(source), with_missing_rows(parts.source.with_own_rows)
-    same_base = theirs.base_digest == ours.base_digest
+    same_base = parts.source.base_digest == source.base_digest
     points = {}
     for name in names:
         rank = parts.spec.ranks.get(name, FULL) if name in theirs.experts else DROP
@@ -205,10 +205,7 @@ class _Expert:
         """What a layer's file says of itself, or is to say."""
         settings = dataclasses.asdict(self._settings)
         keys = [MatrixKey(self._name, number, projection) for projection in PROJECTIONS]
-        public = self._source.experts[0]
-        weights = {
-            key.projection: [self._source.digest(key), self._source.digest(key._replace(expert=public))] for key in keys
-        }
+        weights = {key.projection: list(delta_digests(self._source, key)) for key in keys}
         expected = {"format": FORMAT, "weights": weights, "base": self._source.base_digest, "settings": settings}
         path = layer_file(self._folder, self._name, number)
         if path.exists():
